@@ -1,0 +1,1 @@
+"""Experiments on softmax and sigmoid attention, run from the checkout with ``python -m``; not installed."""

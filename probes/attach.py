@@ -1,0 +1,160 @@
+"""Attaching probes to a model."""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+from torch.optim import Optimizer
+
+from probes.alerts import AlertAction, OnDivergence
+from probes.delivery import Delivery
+from probes.layers import layer_names, select_layers
+from probes.probe import Probe
+from probes.sinks.sink import Sink
+from probes.sinks.tensorboard import TensorBoardSink
+from stability.divergence import Detector, default_detectors
+
+_probe_of: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
+
+DEFAULT_ATTENTION_EVERY = 10
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    log_dir: str | Path | None = None,
+    sinks: Sequence[Sink] = (),
+    layers: str | Sequence[str] = "*",
+    every: int = 1,
+    attention_every: int | None = None,
+    attention_rows: int | None = 64,
+    on_divergence: OnDivergence = "warn",
+    detectors: Sequence[Detector] | None = None,
+    layer_jacobian_every: int = 0,
+) -> Probe:
+    """Watches a model while it trains, layer by layer, without changing it.
+
+    Values, gradients and updates stay bitwise what they are without the probe; it only looks. Nothing is
+    recorded of forward passes under ``torch.no_grad``. A measurement or a sink that fails is given up with
+    one warning, and the training goes on.
+
+    Args:
+        model: The model, before ``torch.compile``.
+        optimizer: The optimizer, or several: a step ends when the last of them has stepped. Without one,
+            call ``probe.step()`` after each backward pass; weights and updates are then not recorded.
+        log_dir: Directory for TensorBoard events of this run. None keeps records in memory only.
+        sinks: Further places for records, such as :class:`probes.sinks.JsonLinesSink`.
+        layers: Shell-style pattern or patterns of module names, as in ``model.named_modules()``.
+        every: Records gradients, activations and weights at each n-th optimizer step; 0: never.
+        attention_every: The same for attention statistics. None: every 10th step of models that have
+            attention. With a number, a model without attention is an error.
+        attention_rows: Query rows sampled per sequence and head for attention statistics; None: all.
+        on_divergence: What an alert does: "ignore", "warn" (once per kind), "raise"
+            (:class:`probes.DivergenceError`, for divergence; warnings still warn) or a function given the
+            :class:`~stability.divergence.Alert`. Verdicts come one recorded step late.
+        detectors: Detectors of divergence; None: :func:`stability.divergence.default_detectors`.
+        layer_jacobian_every: Norms of ∂output/∂input of each attention layer at each n-th step; 0: never.
+            It costs about 25 forward passes of the layer.
+
+    Returns:
+        The attached probe. Close it, or use it as a context manager.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the model has no parameters, is compiled or is watched already, ``layers`` matches
+            nothing, a number is out of range, or ``on_divergence`` is unknown.
+        OSError: If ``log_dir`` cannot be written.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with attach(model, optimizer) as probe:
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     optimizer.step()
+        >>> [record.value for record in probe.records if record.quantity == "grad_max_abs"]
+        [1.0]
+    """
+    optimizers = _optimizers(optimizer)
+    _check_model(model)
+    _check_count("every", every, minimum=0)
+    _check_count("layer_jacobian_every", layer_jacobian_every, minimum=0)
+    if attention_every is not None:
+        _check_count("attention_every", attention_every, minimum=0)
+    if attention_rows is not None:
+        _check_count("attention_rows", attention_rows, minimum=1)
+    _check_optimizers(optimizers, model)
+    names = layer_names(model)
+    selected = select_layers(names.values(), layers)
+    action = AlertAction(on_divergence)
+    if log_dir is not None:  # after every check: a refused call leaves no directory behind
+        sinks = (TensorBoardSink(log_dir), *sinks)
+    probe = Probe(
+        names,
+        optimizers,
+        Delivery(sinks, default_detectors() if detectors is None else detectors, action),
+        selected=selected,
+        every=every,
+        attention_every=DEFAULT_ATTENTION_EVERY if attention_every is None else attention_every,
+        attention_rows=attention_rows,
+        is_attention_required=bool(attention_every),
+        layer_jacobian_every=layer_jacobian_every,
+    )
+    _probe_of[model] = probe
+    return probe
+
+
+@atexit.register
+def _close_open_probes() -> None:
+    """Brings the records of a script that never closed its probe to disk."""
+    for probe in list(_probe_of.values()):
+        probe._close(silently=True)
+
+
+def _optimizers(optimizer: object) -> list[Optimizer]:
+    optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    if not isinstance(optimizers, list | tuple) or not all(isinstance(o, Optimizer) for o in optimizers):
+        raise TypeError(
+            "`optimizer` must be a torch.optim.Optimizer, a list of them, or None; "
+            f"got {type(optimizer).__name__}."
+        )
+    return list(optimizers)
+
+
+def _check_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    parameters = set(model.parameters())
+    for optimizer in optimizers:
+        if not any(
+            parameter in parameters for group in optimizer.param_groups for parameter in group["params"]
+        ):
+            raise ValueError(
+                f"`optimizer` must hold parameters of `model`; this {type(optimizer).__name__} holds none of "
+                f"{type(model).__name__}'s."
+            )
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "`model` is compiled: hooks attached now would never fire. Attach to the model before "
+            "torch.compile."
+        )
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"`model` must have parameters to watch; {type(model).__name__} has none.")
+    attached = _probe_of.get(model)
+    if attached is not None and not attached.is_closed:
+        raise ValueError("`model` is watched already; close its probe first: probe.close().")
+
+
+def _check_count(name: str, value: object, *, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an integer; got {value!r}.")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}; got {value}.")

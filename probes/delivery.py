@@ -1,0 +1,129 @@
+"""From the device to sinks and detectors: what happens to a step's numbers once they are measured."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from probes.alerts import AlertAction
+from probes.pending import Pending, Transfer
+from probes.record import StepRecords
+from probes.sinks.memory import MemorySink
+from probes.sinks.sink import Sink
+from stability.divergence import Alert, Detector
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class ProbeWarning(UserWarning):
+    """Something could not be measured or written; the training goes on without it."""
+
+
+class Delivery:
+    """Hands each step's numbers to every sink and detector, one step after they were measured.
+
+    By then their one asynchronous copy from the device has arrived without anyone waiting for it.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], detectors: Sequence[Detector], action: AlertAction) -> None:
+        self.memory = MemorySink()
+        self._sinks: list[Sink] = [self.memory, *sinks]
+        self._detectors = list(detectors)
+        self._action = action
+        self._in_flight: Transfer | None = None
+
+    def send(self, step: int, pending: Pending) -> None:
+        """Starts the copy of a step's numbers; delivers those of the step before.
+
+        Raises:
+            DivergenceError: If the step before shows divergence and that is to be raised.
+        """
+        arrived, self._in_flight = self._in_flight, None
+        if pending:
+            self._in_flight = Transfer(step, pending)
+        self._act(self._deliver(arrived))
+
+    def close(self, *, silently: bool) -> None:
+        """Delivers what is in flight and closes the sinks.
+
+        Args:
+            silently: Whether alerts of the last step are only written, not acted on.
+
+        Raises:
+            DivergenceError: As in ``send``.
+        """
+        arrived, self._in_flight = self._in_flight, None
+        alerts = self._deliver(arrived)
+        for sink in list(self._sinks):
+            self._try(self._sinks, sink, sink.close)
+        if not silently:
+            self._act(alerts)
+
+    def state_dict(self) -> list[tuple[str, dict[str, Any]]]:
+        """Name and state of every detector."""
+        return [(type(detector).__name__, detector.state_dict()) for detector in self._detectors]
+
+    def load_state_dict(self, state: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        """Restores the detectors.
+
+        Raises:
+            ValueError: If they are not the ones the state was saved from.
+        """
+        saved = [name for name, _ in state]
+        present = [type(detector).__name__ for detector in self._detectors]
+        if saved != present:
+            raise ValueError(
+                f"the state is of the detectors {saved}; this probe has {present}. Attach with the same ones."
+            )
+        for detector, (_, detector_state) in zip(self._detectors, state, strict=True):
+            detector.load_state_dict(detector_state)
+
+    def _deliver(self, transfer: Transfer | None) -> list[Alert]:
+        if transfer is None:
+            return []
+        records = transfer.wait()
+        for sink in list(self._sinks):
+            self._try(self._sinks, sink, sink.write, records)
+        readings = _readings(records)
+        alerts: list[Alert] = []
+        for detector in list(self._detectors):
+            alerts += self._try(self._detectors, detector, detector.update, records.step, readings) or []
+        for alert in alerts:
+            for sink in list(self._sinks):
+                self._try(self._sinks, sink, sink.write_alert, alert)
+        return alerts
+
+    def _try(self, members: list[T], member: T, method: Callable[..., R], *arguments: object) -> R | None:
+        """Calls a sink or detector; one that fails is dropped with a warning."""
+        try:
+            return method(*arguments)
+        except Exception as error:
+            members.remove(member)
+            warnings.warn(
+                f"{type(member).__name__} failed and is dropped; training and recording go on: {error!r}",
+                ProbeWarning,
+                stacklevel=2,
+            )
+            return None
+
+    def _act(self, alerts: Iterable[Alert]) -> None:
+        for alert in alerts:
+            self._action(alert)
+
+
+def _readings(records: StepRecords) -> dict[str, dict[str, float]]:
+    """The step as detectors read it: whole layers only, a module's later calls under names of their own."""
+    readings: dict[str, dict[str, float]] = {}
+    for series, value in zip(records.series, records.values.tolist(), strict=True):
+        if series.head is None:
+            layer = f"{series.layer}/call_{series.call}" if series.call else series.layer
+            readings.setdefault(series.quantity, {})[layer] = value
+    # Gradients at activations are measured on the way back; detectors read forward.
+    forward = {layer: position for position, layer in enumerate(readings.get("activation_rms", {}))}
+    gradients = readings.get("activation_grad_norm", {})
+    readings["activation_grad_norm"] = dict(
+        sorted(gradients.items(), key=lambda item: forward.get(item[0], 0))
+    )
+    return readings

@@ -1,0 +1,71 @@
+"""Which module is called what, and which modules a pattern selects."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from probes.record import ROOT_LAYER
+
+
+def layer_names(model: nn.Module) -> dict[nn.Module, str]:
+    """Name of every module, in model order; a module registered twice keeps its first name."""
+    return {module: name or ROOT_LAYER for name, module in model.named_modules()}
+
+
+def select_layers(names: Iterable[str], patterns: str | Sequence[str]) -> set[str]:
+    """Layer names that match at least one shell-style pattern.
+
+    Args:
+        names: Candidates, in model order.
+        patterns: One pattern or several, as in :mod:`fnmatch`; "*" matches dots too.
+
+    Raises:
+        TypeError: If a pattern is not a string.
+        ValueError: If nothing matches; names examples of what there is.
+    """
+    candidates = list(names)
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not all(isinstance(pattern, str) for pattern in wanted):
+        raise TypeError(f"`layers` must be a pattern or a sequence of patterns (strings); got {patterns!r}.")
+    selected = {name for name in candidates for pattern in wanted if fnmatch.fnmatchcase(name, pattern)}
+    if not selected:
+        examples = ", ".join(candidates[:8])
+        raise ValueError(
+            f"`layers` must match at least one module name; {patterns!r} matches none of the model's "
+            f"{len(candidates)}. The first are: {examples}."
+        )
+    return selected
+
+
+def trainable_parameters(names: dict[nn.Module, str], selected: set[str]) -> dict[Tensor, str]:
+    """Layer of every trainable parameter of the selected layers; a shared one goes to its first owner."""
+    layer_of: dict[Tensor, str] = {}
+    for module, name in names.items():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and parameter not in layer_of:
+                layer_of[parameter] = name
+    return {parameter: name for parameter, name in layer_of.items() if name in selected}
+
+
+def activation_layers(names: dict[nn.Module, str], selected: set[str]) -> dict[nn.Module, str]:
+    """Modules whose outputs are watched: those with parameters of their own, and blocks.
+
+    A block is an element of an ``nn.ModuleList`` or ``nn.Sequential``: the residual stream between blocks is
+    where an exploding or vanishing gradient can be followed from layer to layer.
+    """
+    blocks = {
+        child
+        for module in names
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        for child in module.children()
+    }
+    return {
+        module: name
+        for module, name in names.items()
+        if name in selected
+        and (module in blocks or next(module.parameters(recurse=False), None) is not None)
+        and not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
+    }

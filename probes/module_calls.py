@@ -1,0 +1,72 @@
+"""Follows which module of the model is running, without leaving anything on the model.
+
+The hooks are PyTorch's process-wide module hooks, filtered by a dictionary look-up: the watched model carries
+no hook of its own, so its ``state_dict()``, ``copy.deepcopy`` and ``torch.save`` are what they were, and a
+copy of it is not watched.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from probes.record import ROOT_LAYER
+
+Before = Callable[[nn.Module, str, tuple], None]
+After = Callable[[nn.Module, str, tuple, dict, object], None]
+
+
+class ModuleCalls(threading.local):
+    """Names the innermost running module, and tells observers when modules of the model start and end.
+
+    Forward passes under ``torch.no_grad`` (validation) and those of other models are not reported.
+
+    Args:
+        names: Name of every module of the model.
+        before: Called with (module, name, args) when a module starts.
+        after: Called with (module, name, args, kwargs, output) when it has returned.
+    """
+
+    def __init__(self, names: dict[nn.Module, str], before: Before, after: After) -> None:
+        self._names = names
+        self._before = before
+        self._after = after
+        self._running: list[str] = []
+
+    @property
+    def current_layer(self) -> str | None:
+        """Name of the innermost running module, or None outside the model's forward pass."""
+        return self._running[-1] if self._running else None
+
+    def install(self, handles: ExitStack) -> None:
+        """Registers the hooks; they go when ``handles`` closes."""
+        handles.callback(register_module_forward_pre_hook(self._start).remove)
+        # always_call: a module that raises must not stay on the stack.
+        handles.callback(register_module_forward_hook(self._end, with_kwargs=True, always_call=True).remove)
+
+    def _start(self, module: nn.Module, args: tuple) -> None:
+        name = self._names.get(module)
+        if name is None:
+            return
+        if name == ROOT_LAYER:
+            self._running.clear()  # a KeyboardInterrupt skips always_call hooks
+        self._running.append(name)
+        if torch.is_grad_enabled():
+            self._before(module, name, args)
+
+    def _end(self, module: nn.Module, args: tuple, *kwargs_and_output: Any) -> None:
+        # Where the module raised, torch leaves out the keyword arguments and gives None as the output.
+        kwargs, output = kwargs_and_output if len(kwargs_and_output) == 2 else ({}, None)
+        name = self._names.get(module)
+        if name is None or name not in self._running:
+            return
+        while self._running.pop() != name:
+            pass
+        if output is not None and torch.is_grad_enabled():
+            self._after(module, name, args, kwargs, output)

@@ -1,0 +1,103 @@
+"""What is recorded: one number of one quantity of one layer at one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from stability.attention.summary import Kind
+from stability.divergence import ALL_LAYERS
+
+__all__ = ["ALL_LAYERS", "ROOT_LAYER", "Kind", "Record", "Series", "StepRecords"]
+
+# Parameters and attention calls that belong to the outermost module itself, whose own name is empty.
+ROOT_LAYER = "(root)"
+
+
+class Series(NamedTuple):
+    """The name of one recorded series: everything of a record but step and value.
+
+    Attributes:
+        layer: Qualified module name as in ``model.named_modules()``, "(root)" or "(all)".
+        quantity: One of :data:`probes.quantities.QUANTITIES`, or the name given to ``probe.log``.
+        head: Attention head, or None for a whole layer.
+        call: Which call of the module within one forward pass, from 0 (modules may be shared).
+        rank: Process of a distributed run, or None.
+        kind: "exact", "estimate" (sampled mean), "lower_bound" (sampled maximum), "upper_bound".
+    """
+
+    layer: str
+    quantity: str
+    head: int | None = None
+    call: int = 0
+    rank: int | None = None
+    kind: Kind = "exact"
+
+    @property
+    def tag(self) -> str:
+        """The TensorBoard tag ``quantity/layer``, with call and head appended where they say something."""
+        call = f"/call_{self.call}" if self.call else ""
+        head = "" if self.head is None else f"/head_{self.head}"
+        return f"{self.quantity}/{self.layer}{call}{head}"
+
+
+class Record(NamedTuple):
+    """One recorded number.
+
+    Attributes:
+        step: Optimizer steps completed before the one recorded, so the first record has step 0.
+        layer: See :class:`Series`, like the remaining names.
+        quantity: See :class:`Series`.
+        value: A Python float; NaN and infinities are kept.
+        head: See :class:`Series`.
+        call: See :class:`Series`.
+        rank: See :class:`Series`.
+        kind: See :class:`Series`.
+        standard_error: Standard error of a sampled mean, in the value's unit; None otherwise.
+
+    Example:
+        >>> Record(0, "blocks.0", "grad_norm", 1.5)._replace(step=1).step
+        1
+    """
+
+    step: int
+    layer: str
+    quantity: str
+    value: float
+    head: int | None = None
+    call: int = 0
+    rank: int | None = None
+    kind: Kind = "exact"
+    standard_error: float | None = None
+
+    @property
+    def series(self) -> Series:
+        """The record's series: all but step, value and standard error."""
+        return Series(self.layer, self.quantity, self.head, self.call, self.rank, self.kind)
+
+
+class StepRecords(NamedTuple):
+    """All records of one step as columns; what sinks receive. Iterate :meth:`records` for single ones.
+
+    Attributes:
+        step: Optimizer step.
+        series: One name per value.
+        values: float64 [len(series)].
+        standard_errors: float64 [len(series)], NaN where there is none.
+    """
+
+    step: int
+    series: tuple[Series, ...]
+    values: np.ndarray
+    standard_errors: np.ndarray
+
+    def records(self) -> Iterator[Record]:
+        """Yields the step's records in the order they were measured."""
+        for series, value, error in zip(
+            self.series, self.values.tolist(), self.standard_errors.tolist(), strict=True
+        ):
+            layer, quantity, head, call, rank, kind = series
+            standard_error = None if error != error else error
+            yield Record(self.step, layer, quantity, value, head, call, rank, kind, standard_error)

@@ -1,0 +1,67 @@
+"""Records as TensorBoard scalars, alerts as text."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from probes.record import Series, StepRecords
+from stability.divergence import Alert
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+
+class TensorBoardSink:
+    """Writes one event per recorded step, with a scalar ``quantity/layer`` for every record of a layer.
+
+    Records of single heads are left out: hundreds of charts per quantity help nobody. NaN and infinity are
+    written as such; TensorBoard marks them on the curve.
+
+    Args:
+        log_dir: Directory of this run; created if absent.
+
+    Raises:
+        OSError: If the directory cannot be written.
+    """
+
+    def __init__(self, log_dir: str | Path) -> None:
+        # Here, not at the top: a user without TensorBoard can record to memory or JSON lines.
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self.log_dir = Path(log_dir)
+        self._event, self._summary = Event, Summary
+        try:
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+            self._writer = EventFileWriter(str(self.log_dir), flush_secs=5)
+        except OSError as error:
+            raise OSError(
+                f"cannot write TensorBoard events to {self.log_dir}: {error}. Choose a writable log_dir."
+            ) from error
+
+    def write(self, records: StepRecords) -> None:
+        """See :class:`~probes.sinks.Sink`."""
+        values = [
+            self._summary.Value(tag=series.tag, simple_value=value)
+            for series, value in zip(records.series, records.values.tolist(), strict=True)
+            if series.head is None
+        ]
+        self._add(records.step, self._summary(value=values))
+
+    def write_alert(self, alert: Alert) -> None:
+        """See :class:`~probes.sinks.Sink`."""
+        from torch.utils.tensorboard.summary import text
+
+        self._add(alert.step, text("alerts", f"**{alert.severity}** in `{alert.layer}`: {alert.reason}"))
+        marker = self._summary.Value(tag=Series(alert.layer, "alert").tag, simple_value=1.0)
+        self._add(alert.step, self._summary(value=[marker]))
+
+    def close(self) -> None:
+        """See :class:`~probes.sinks.Sink`."""
+        self._writer.close()
+
+    def _add(self, step: int, summary: Summary) -> None:
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))

@@ -1,0 +1,58 @@
+"""What every detector takes and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+ALL_LAYERS = "(all)"
+"""The layer name of quantities that belong to the whole model: its gradient norm, the loss."""
+
+Readings = Mapping[str, Mapping[str, float]]
+"""One step's numbers: quantity → layer → value. Layers stand in the order of the forward pass."""
+
+
+Severity = Literal["warning", "divergence"]
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A detector's verdict.
+
+    Attributes:
+        step: Optimizer step whose numbers led to the verdict.
+        layer: Layer where it began.
+        quantity: Quantity that showed it.
+        severity: "warning", or "divergence" where training as it runs will not recover by itself.
+        value: The quantity's value at that step.
+        reference: What it was compared with, in the same unit; None where there is nothing to compare.
+        reason: One sentence for a person.
+    """
+
+    step: int
+    layer: str
+    quantity: str
+    severity: Severity
+    value: float
+    reference: float | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.severity} in {self.layer}: {self.reason}"
+
+
+class Detector(Protocol):
+    """Turns the numbers of one step after the other into alerts."""
+
+    def update(self, step: int, readings: Readings) -> list[Alert]:
+        """Takes the numbers of the next recorded step; answers with the alerts that begin there."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later verdicts depend on, as plain Python values, for a checkpoint."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` gave."""
+        ...

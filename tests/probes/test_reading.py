@@ -1,0 +1,102 @@
+"""Runs read back from disk, whole and cut short."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import probes
+from probes.record import Series, StepRecords
+from probes.sinks import JsonLinesSink, MemorySink, TensorBoardSink
+from probes.sinks.sink import Sink
+from stability.divergence import Alert
+
+SERIES = (Series("a", "grad_norm"), Series("a", "attention/entropy", head=2, kind="estimate"))
+
+
+def write_three_steps(sink: Sink) -> None:
+    for step, value in enumerate((0.1, math.nan, math.inf)):
+        sink.write(StepRecords(step, SERIES, np.array([value, 2.0]), np.array([math.nan, 0.25])))
+    sink.write_alert(Alert(2, "a", "grad_norm", "divergence", math.inf, None, "its gradient holds inf."))
+    sink.close()
+
+
+def test_json_lines_keep_every_record_in_full_precision(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "run.jsonl"
+    write_three_steps(JsonLinesSink(path))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0] == {"schema": "stability-probes", "schema_version": 1}
+    assert lines[1] == {"type": "record", "step": 0, "layer": "a", "quantity": "grad_norm", "value": 0.1}
+    assert lines[2]["standard_error"] == 0.25
+    assert lines[3]["value"] == "NaN"
+    assert lines[-1]["type"] == "alert"
+    series = probes.read(path)
+    assert set(series) == {"grad_norm/a", "attention/entropy/a/head_2"}
+    assert series["grad_norm/a"].values[0] == 0.1
+    assert math.isnan(series["grad_norm/a"].values[1])
+    assert series["grad_norm/a"].values[2] == math.inf
+
+
+def test_a_second_run_continues_a_json_lines_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    for step in (0, 1):
+        sink = JsonLinesSink(path)
+        sink.write(StepRecords(step, SERIES, np.ones(2), np.ones(2)))
+        sink.close()
+    assert path.read_text().count("schema_version") == 1
+    assert probes.read(tmp_path)["grad_norm/a"].steps.tolist() == [0, 1]
+
+
+def test_tensorboard_has_layers_and_leaves_out_heads(tmp_path: Path) -> None:
+    write_three_steps(TensorBoardSink(tmp_path))
+    series = probes.read(tmp_path)
+    assert set(series) == {"grad_norm/a", "alert/a"}
+    assert series["grad_norm/a"].steps.tolist() == [0, 1, 2]
+    assert math.isnan(series["grad_norm/a"].values[1])
+
+
+@pytest.mark.parametrize("sink_type", [JsonLinesSink, TensorBoardSink])
+def test_a_file_cut_short_is_read_as_far_as_it_goes(tmp_path: Path, sink_type: type) -> None:
+    write_three_steps(sink_type(tmp_path / "run.jsonl" if sink_type is JsonLinesSink else tmp_path))
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for size in range(len(whole) // 3, len(whole), 37):
+        path.write_bytes(whole[:size])
+        series = probes.read(tmp_path)
+        steps = series["grad_norm/a"].steps.tolist() if series else []
+        assert steps == list(range(len(steps)))
+
+
+def test_reading_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no run at"):
+        probes.read(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="holds no TensorBoard events"):
+        probes.read(tmp_path)
+
+
+def test_reading_foreign_or_newer_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    for header in ('{"x": 1}', '{"schema": "stability-probes", "schema_version": 99}', "no json"):
+        path.write_text(header + "\n")
+        with pytest.raises(ValueError, match="version 1 or older"):
+            probes.read(path)
+
+
+def test_memory_is_bounded_and_keeps_the_newest() -> None:
+    sink = MemorySink(max_values=5)
+    for step in range(10):
+        sink.write(StepRecords(step, SERIES, np.ones(2), np.ones(2)))
+    assert [record.step for record in sink] == [8, 8, 9, 9]
+    assert len(sink) == 4
+    with pytest.raises(ValueError, match="at least 1"):
+        MemorySink(max_values=0)
+
+
+def test_an_unwritable_json_lines_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Choose a writable path"):
+        JsonLinesSink(tmp_path / "file" / "run.jsonl")
