@@ -149,7 +149,12 @@ def test_ctrl_c_before_the_first_run(tmp_path, monkeypatch, capsys):
 def test_a_real_interrupt_signal_ends_cleanly(tmp_path):
     command = [sys.executable, "-m", "experiments.stress_test", "--preset", "tiny", "--steps", "100000"]
     process = subprocess.Popen(
-        [*command, "--log-dir", str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        [*command, "--log-dir", str(tmp_path)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # A test run that a shell put into the background ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 120
