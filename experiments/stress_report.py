@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments import command_line
 from experiments.explosion import DIVERGED, EXPLOSION_FACTOR, FIRST_STEPS, LEARNED, Judgement, Run
 
 if TYPE_CHECKING:
@@ -105,8 +104,6 @@ def write_json(
 ) -> None:
     """Write everything but the per-layer series, which TensorBoard's files hold.
 
-    JSON has no NaN: non-finite numbers become the strings "NaN", "Infinity" and "-Infinity".
-
     Args:
         path: The file to write.
         runs: The runs.
@@ -140,7 +137,7 @@ def write_json(
             for run, judgement in zip(runs, judgements, strict=True)
         ],
     }
-    path.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    command_line.write_json(path, content)
 
 
 def draw_figure(path: Path, runs: Sequence[Run], judgements: Sequence[Judgement]) -> None:
@@ -205,13 +202,3 @@ def _draw_panel(panel: Axes, pairs: list[tuple[Run, Judgement]], rates: list[flo
 
 def _short(value: float | None) -> str:
     return "–" if value is None else f"{value:.2g}"
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value

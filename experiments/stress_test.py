@@ -29,6 +29,7 @@ import torch
 
 from experiments.cell_transformer import MECHANISMS, CellTransformer, CellTransformerConfig
 from experiments.cells import Cells, pbmc68k, read_cells, synthetic_cells
+from experiments.command_line import positive_float, positive_int
 from experiments.explosion import Run, judge
 from experiments.provenance import provenance
 from experiments.stress_report import conclusion, draw_figure, summary_table, write_json
@@ -89,18 +90,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda trains under bfloat16 autocast")
     add("--data", help="pbmc68k (needs scanpy), synthetic, or an .h5ad file with counts or logged counts")
     add("--mechanisms", nargs="+", choices=MECHANISMS, default=list(MECHANISMS), help="what to compare")
-    add("--learning-rates", nargs="+", type=_positive_float, help="the ladder, reported rung by rung")
+    add("--learning-rates", nargs="+", type=positive_float, help="the ladder, reported rung by rung")
     add("--seeds", nargs="+", type=int, help="each decides initial weights and batches, alike for both")
-    add("--steps", type=_positive_int, help="optimizer steps of a run")
-    add("--tokens", type=_positive_int, help="longest sequence; longer cells are sampled")
-    add("--batch-size", type=_positive_int, help="cells per step")
+    add("--steps", type=positive_int, help="optimizer steps of a run")
+    add("--tokens", type=positive_int, help="longest sequence; longer cells are sampled")
+    add("--batch-size", type=positive_int, help="cells per step")
     add("--mask-fraction", type=_fraction, default=0.25, help="share of values hidden (default 0.25)")
     add("--expressed-only", action="store_true", help="do not fill short cells up with unexpressed genes")
     add("--norm-position", choices=["pre", "post"], help="layer norm before or after each sublayer")
     add("--warmup-steps", type=int, default=0, help="linear learning-rate warm-up (default none)")
     add(
         "--threads",
-        type=_positive_int,
+        type=positive_int,
         default=1,
         help="CPU threads (default 1: at laptop size a second gains little, and stalls on a busy machine)",
     )
@@ -264,18 +265,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_interrupted:
         console.print(f"Interrupted: {len(runs)} of {len(plan)} runs recorded, the last perhaps in part.")
     return 130 if is_interrupted else 0
-
-
-def _positive_int(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number; got {text}")
-    return value
 
 
 def _fraction(text: str) -> float:

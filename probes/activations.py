@@ -5,14 +5,24 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from probes.pending import Pending
 from probes.record import Series
 from stability.norms import max_abs, tensor_norms
+
+
+class _Watched(NamedTuple):
+    """A tensor whose gradient norm is measured, once, for every series that asks for it."""
+
+    tensor: weakref.ref[Tensor]
+    version: int  # tells an in-place change, after which the tensor has another gradient
+    series: list[Series]
 
 
 class Activations:
@@ -20,33 +30,43 @@ class Activations:
 
     Gradients are read by ``Tensor.register_hook``, which leaves the graph as it is; module backward hooks
     insert nodes into it and break on in-place activations.
+
+    Args:
+        pending: Receives the scalars.
+        guard: Runs a named measurement so that its failure does not reach the backward pass.
     """
 
-    def __init__(self, pending: Pending) -> None:
+    def __init__(self, pending: Pending, guard: Callable[..., None]) -> None:
         self._pending = pending
+        self._guard = guard
         self._calls: Counter[str] = Counter()
-        # Where the gradient norm at a tensor is already measured: one layer's output is the next one's input.
-        # The version tells whether the tensor was changed in place since.
-        self._measured: dict[int, tuple[weakref.ref[Tensor], int, Series]] = {}
-        self._at_input: dict[str, Series] = {}
+        self._watched: dict[int, _Watched] = {}
+        self._has_input: set[str] = set()
+        # Hooks on leaves (parameters, the user's inputs) outlive the graph and have to be taken off again.
+        self._leaf_hooks: list[RemovableHandle] = []
 
     def start_forward(self) -> None:
-        """A forward pass of the whole model begins: calls of a layer are counted from 0 again."""
+        """A forward pass begins: calls of a layer are counted from 0 again."""
         self._calls.clear()
-        self._at_input.clear()
-        self._measured.clear()
+        self._has_input.clear()
+        self._watched.clear()
+
+    def end_step(self) -> None:
+        """Lets go of everything the step's forward passes left."""
+        self.start_forward()
+        for handle in self._leaf_hooks:
+            handle.remove()
+        self._leaf_hooks.clear()
 
     @torch.no_grad()
     def see_input(self, layer: str, inputs: object) -> None:
         """Looks at a layer's first input before the layer runs and may change it in place."""
+        self._has_input.discard(layer)
         tensor = next(floating_tensors(inputs), None)
         if tensor is None or not tensor.requires_grad or self._is_recomputed(layer):
             return
-        reference, version, series = self._measured.get(id(tensor), (None, None, None))
-        if series is None or reference is None or reference() is not tensor or version != tensor._version:
-            series = Series(layer, "_input_grad_norm", call=self._calls[layer])
-            self._measure_gradient(tensor, series)
-        self._at_input[layer] = series
+        self._watch(tensor).append(Series(layer, "_input_grad_norm", call=self._calls[layer]))
+        self._has_input.add(layer)
 
     @torch.no_grad()
     def see_output(self, layer: str, output: object) -> None:
@@ -61,21 +81,36 @@ class Activations:
         self._pending.add(Series(layer, "activation_rms", call=call), norm / math.sqrt(values.numel()))
         self._pending.add(Series(layer, "activation_max_abs", call=call), max_abs(values))
         if tensor.requires_grad:
-            at_output = Series(layer, "activation_grad_norm", call=call)
-            self._measure_gradient(tensor, at_output)
-            at_input = self._at_input.pop(layer, None)
-            if at_input is not None:
+            series = self._watch(tensor)
+            series.append(Series(layer, "activation_grad_norm", call=call))
+            if layer in self._has_input:
+                # Both sides of the ratio come from the same calls: others may have an input without gradient.
+                at_input, at_output = (
+                    Series(layer, quantity, call=call)
+                    for quantity in ("_input_grad_norm", "_output_grad_norm")
+                )
+                series.append(at_output)
                 self._pending.add_ratio(Series(layer, "gradient_gain", call=call), at_input, at_output)
 
-    def _measure_gradient(self, tensor: Tensor, series: Series) -> None:
-        pending = self._pending
+    def _watch(self, tensor: Tensor) -> list[Series]:
+        """The series that this tensor's gradient norm goes to; hooks the tensor when it is new."""
+        watched = self._watched.get(id(tensor))
+        if watched is not None and watched.tensor() is tensor and watched.version == tensor._version:
+            return watched.series
+        series: list[Series] = []
+        handle = tensor.register_hook(
+            lambda gradient: self._guard("gradients", self._measure, gradient, series)
+        )
+        if tensor.is_leaf:
+            self._leaf_hooks.append(handle)
+        self._watched[id(tensor)] = _Watched(weakref.ref(tensor), tensor._version, series)
+        return series
 
-        @torch.no_grad()
-        def measure(gradient: Tensor) -> None:
-            pending.add(series, tensor_norms([gradient.detach()])[0])
-
-        tensor.register_hook(measure)
-        self._measured[id(tensor)] = (weakref.ref(tensor), tensor._version, series)
+    @torch.no_grad()
+    def _measure(self, gradient: Tensor, series: list[Series]) -> None:
+        (norm,) = tensor_norms([gradient.detach()])
+        for name in series:
+            self._pending.add(name, norm)
 
     def _is_recomputed(self, layer: str) -> bool:
         """Activation checkpointing runs a layer again inside the backward pass; its first run counts."""

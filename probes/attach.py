@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from probes.sinks.sink import Sink
 from probes.sinks.tensorboard import TensorBoardSink
 from stability.divergence import Detector, default_detectors
 
-_probe_of: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
+_open_probes: dict[nn.Module, Probe] = {}
 
 DEFAULT_ATTENTION_EVERY = 10
 
@@ -44,7 +43,7 @@ def attach(
     one warning, and the training goes on.
 
     Args:
-        model: The model, before ``torch.compile``.
+        model: The model. Compiled ones are refused for now.
         optimizer: The optimizer, or several: a step ends when the last of them has stepped. Without one,
             call ``probe.step()`` after each backward pass; weights and updates are then not recorded.
         log_dir: Directory for TensorBoard events of this run. None keeps records in memory only.
@@ -105,14 +104,15 @@ def attach(
         is_attention_required=bool(attention_every),
         layer_jacobian_every=layer_jacobian_every,
     )
-    _probe_of[model] = probe
+    _open_probes[model] = probe
+    probe.on_close(lambda: _open_probes.pop(model, None))
     return probe
 
 
 @atexit.register
 def _close_open_probes() -> None:
     """Brings the records of a script that never closed its probe to disk."""
-    for probe in list(_probe_of.values()):
+    for probe in list(_open_probes.values()):
         probe._close(silently=True)
 
 
@@ -127,6 +127,8 @@ def _optimizers(optimizer: object) -> list[Optimizer]:
 
 
 def _check_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    if len(set(optimizers)) != len(optimizers):
+        raise ValueError("`optimizer` names one optimizer twice; name each once.")
     parameters = set(model.parameters())
     for optimizer in optimizers:
         if not any(
@@ -141,15 +143,16 @@ def _check_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> None
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise ValueError(
-            "`model` is compiled: hooks attached now would never fire. Attach to the model before "
-            "torch.compile."
-        )
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            where = f"`{name}` in `model`" if name else "`model`"
+            raise ValueError(
+                f"{where} is compiled, and compiled code cannot be watched yet. Attach to the model without "
+                "torch.compile."
+            )
     if next(model.parameters(), None) is None:
         raise ValueError(f"`model` must have parameters to watch; {type(model).__name__} has none.")
-    attached = _probe_of.get(model)
-    if attached is not None and not attached.is_closed:
+    if model in _open_probes:
         raise ValueError("`model` is watched already; close its probe first: probe.close().")
 
 

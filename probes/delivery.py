@@ -42,7 +42,14 @@ class Delivery:
         """
         arrived, self._in_flight = self._in_flight, None
         if pending:
-            self._in_flight = Transfer(step, pending)
+            try:
+                self._in_flight = Transfer(step, pending)
+            except Exception as error:
+                warnings.warn(
+                    f"the numbers of step {step} could not be copied; training goes on without: {error!r}",
+                    ProbeWarning,
+                    stacklevel=2,
+                )
         self._act(self._deliver(arrived))
 
     def close(self, *, silently: bool) -> None:
@@ -60,6 +67,15 @@ class Delivery:
             self._try(self._sinks, sink, sink.close)
         if not silently:
             self._act(alerts)
+
+    def flush(self) -> None:
+        """Waits for the numbers in flight and delivers them.
+
+        Raises:
+            DivergenceError: As in ``send``.
+        """
+        arrived, self._in_flight = self._in_flight, None
+        self._act(self._deliver(arrived))
 
     def state_dict(self) -> list[tuple[str, dict[str, Any]]]:
         """Name and state of every detector."""
@@ -120,10 +136,10 @@ def _readings(records: StepRecords) -> dict[str, dict[str, float]]:
         if series.head is None:
             layer = f"{series.layer}/call_{series.call}" if series.call else series.layer
             readings.setdefault(series.quantity, {})[layer] = value
-    # Gradients at activations are measured on the way back; detectors read forward.
+    # Detectors read forward. Outputs are measured in that order, gradients at them on the way back, and
+    # parameters in the optimizer's order.
     forward = {layer: position for position, layer in enumerate(readings.get("activation_rms", {}))}
-    gradients = readings.get("activation_grad_norm", {})
-    readings["activation_grad_norm"] = dict(
-        sorted(gradients.items(), key=lambda item: forward.get(item[0], 0))
-    )
-    return readings
+    return {
+        quantity: dict(sorted(values.items(), key=lambda item: forward.get(item[0], -1)))
+        for quantity, values in readings.items()
+    }

@@ -40,14 +40,13 @@ def select_layers(names: Iterable[str], patterns: str | Sequence[str]) -> set[st
     return selected
 
 
-def trainable_parameters(names: dict[nn.Module, str], selected: set[str]) -> dict[Tensor, str]:
-    """Layer of every trainable parameter of the selected layers; a shared one goes to its first owner."""
+def parameter_layers(names: dict[nn.Module, str]) -> dict[Tensor, str]:
+    """Layer of every parameter, frozen ones too (they may thaw); a shared one goes to its first owner."""
     layer_of: dict[Tensor, str] = {}
     for module, name in names.items():
         for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad and parameter not in layer_of:
-                layer_of[parameter] = name
-    return {parameter: name for parameter, name in layer_of.items() if name in selected}
+            layer_of.setdefault(parameter, name)
+    return layer_of
 
 
 def activation_layers(names: dict[nn.Module, str], selected: set[str]) -> dict[nn.Module, str]:

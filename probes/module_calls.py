@@ -31,18 +31,22 @@ class ModuleCalls(threading.local):
         names: Name of every module of the model.
         before: Called with (module, name, args) when a module starts.
         after: Called with (module, name, args, kwargs, output) when it has returned.
+
+    Attributes:
+        names: As given.
+        running: Names of the running modules, outermost first.
     """
 
     def __init__(self, names: dict[nn.Module, str], before: Before, after: After) -> None:
-        self._names = names
+        self.names = names
         self._before = before
         self._after = after
-        self._running: list[str] = []
+        self.running: list[str] = []
 
     @property
     def current_layer(self) -> str | None:
         """Name of the innermost running module, or None outside the model's forward pass."""
-        return self._running[-1] if self._running else None
+        return self.running[-1] if self.running else None
 
     def install(self, handles: ExitStack) -> None:
         """Registers the hooks; they go when ``handles`` closes."""
@@ -51,22 +55,27 @@ class ModuleCalls(threading.local):
         handles.callback(register_module_forward_hook(self._end, with_kwargs=True, always_call=True).remove)
 
     def _start(self, module: nn.Module, args: tuple) -> None:
-        name = self._names.get(module)
-        if name is None:
+        name = self.names.get(module)
+        if name is None or _is_being_traced():
             return
         if name == ROOT_LAYER:
-            self._running.clear()  # a KeyboardInterrupt skips always_call hooks
-        self._running.append(name)
+            self.running.clear()  # a KeyboardInterrupt skips always_call hooks
+        self.running.append(name)
         if torch.is_grad_enabled():
             self._before(module, name, args)
 
     def _end(self, module: nn.Module, args: tuple, *kwargs_and_output: Any) -> None:
         # Where the module raised, torch leaves out the keyword arguments and gives None as the output.
         kwargs, output = kwargs_and_output if len(kwargs_and_output) == 2 else ({}, None)
-        name = self._names.get(module)
-        if name is None or name not in self._running:
+        name = self.names.get(module)
+        if name is None or name not in self.running:
             return
-        while self._running.pop() != name:
+        while self.running.pop() != name:
             pass
         if output is not None and torch.is_grad_enabled():
             self._after(module, name, args, kwargs, output)
+
+
+def _is_being_traced() -> bool:
+    """Whether the forward pass is recorded for a compiler or an export, which measurements must not enter."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -19,6 +19,9 @@ class OptimizerState:
 
     ``before`` copies the watched weights (once their size in memory, until ``after``), because the size of a
     step is its difference: no formula per optimizer, and it holds for schedules, decay and clipping alike.
+
+    Args:
+        layer_of: Layer of each watched parameter.
     """
 
     def __init__(self, layer_of: dict[Tensor, str]) -> None:
@@ -26,9 +29,19 @@ class OptimizerState:
         self._weights_before: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def before(self, pending: Pending, optimizer: Optimizer) -> None:
-        """Adds ``weight_norm`` and keeps the weights for ``after``."""
-        watched = [parameter for parameter, _ in self._watched(optimizer) if parameter.grad is not None]
+    def before(self, pending: Pending, optimizer: Optimizer, *, has_closure: bool) -> None:
+        """Adds ``weight_norm`` and keeps the weights for ``after``.
+
+        Args:
+            pending: Receives the scalars.
+            optimizer: About to step.
+            has_closure: Whether the step computes the gradients itself, so that there are none to see yet.
+        """
+        watched = [
+            parameter
+            for parameter, _ in self._watched(optimizer)
+            if has_closure or parameter.grad is not None
+        ]
         for parameter, norm in zip(watched, tensor_norms(watched), strict=True):
             pending.add(Series(self._layer_of[parameter], "weight_norm"), norm)
         self._weights_before = [(parameter, parameter.detach().clone()) for parameter in watched]
@@ -37,10 +50,11 @@ class OptimizerState:
     def after(self, pending: Pending, optimizer: Optimizer) -> None:
         """Adds ``update_ratio`` and, for optimizers with Adam's second moment, ``adam_update_rms``."""
         layers = [self._layer_of[parameter] for parameter, _ in self._weights_before]
-        changes = [parameter.detach() - before for parameter, before in self._weights_before]
+        changes = [before.sub_(parameter.detach()) for parameter, before in self._weights_before]
         self._weights_before = []
         for layer, norm in zip(layers, tensor_norms(changes), strict=True):
             pending.add(Series(layer, "_update_norm"), norm)
+        del changes  # before the next temporaries of the weights' size
         for layer in dict.fromkeys(layers):
             pending.add_ratio(
                 Series(layer, "update_ratio"), Series(layer, "_update_norm"), Series(layer, "weight_norm")
@@ -55,8 +69,10 @@ class OptimizerState:
                 continue
             layers.append(self._layer_of[parameter])
             sizes.append(parameter.numel())
-            # ε² keeps entries that have never had a gradient (g = v = 0, as in embeddings) at 0.
-            ratios.append(parameter.grad / second_moment.clamp(min=group["eps"] ** 2).sqrt())
+            # ε² keeps entries that have never had a gradient (g = v = 0, as in embeddings) at 0; in float16
+            # it would be 0 itself.
+            wide = torch.promote_types(second_moment.dtype, torch.float32)
+            ratios.append(parameter.grad / second_moment.to(wide).clamp(min=group["eps"] ** 2).sqrt())
         size_of: dict[str, int] = {}
         for layer, size, norm in zip(layers, sizes, tensor_norms(ratios), strict=True):
             pending.add(Series(layer, "_adam_update_norm"), norm)

@@ -13,16 +13,25 @@ from stability.norms import max_abs, tensor_norms
 
 
 @torch.no_grad()
-def measure_gradients(pending: Pending, layer_of: dict[Tensor, str], parameters: Iterable[Tensor]) -> None:
-    """Adds ``grad_norm``, ``grad_max_abs`` and ``nonfinite_count`` of every layer with a gradient.
+def measure_gradients(
+    pending: Pending,
+    layer_of: dict[Tensor, str],
+    selected: set[str],
+    parameters: Iterable[Tensor],
+    grad_scale: Tensor | None = None,
+) -> None:
+    """Adds ``grad_norm``, ``grad_max_abs`` and ``nonfinite_count`` of every selected layer with a gradient.
 
-    Called from the optimizer's step pre-hook: under a ``GradScaler`` the gradients are unscaled by then, and
-    accumulated ones are complete. Clipping, if the training script does any, has already happened.
+    Called from the optimizer's step pre-hook: accumulated gradients are complete by then, and clipping, if
+    the training script does any, has already happened. The other layers enter the whole model's norm only.
 
     Args:
         pending: Receives the scalars.
-        layer_of: Layer of each watched parameter.
+        layer_of: Layer of each of the model's parameters.
+        selected: Layers that are recorded.
         parameters: The parameters of the optimizer that is about to step.
+        grad_scale: What a ``GradScaler`` has multiplied the gradients by, where the optimizer takes it out
+            itself (fused ones do); None where they are unscaled.
     """
     layers, gradients = [], []
     for parameter in parameters:
@@ -30,8 +39,16 @@ def measure_gradients(pending: Pending, layer_of: dict[Tensor, str], parameters:
             layers.append(layer_of[parameter])
             gradients.append(_dense_values(parameter.grad))
     for layer, gradient, norm in zip(layers, gradients, tensor_norms(gradients), strict=True):
-        pending.add(Series(layer, "grad_norm"), norm)
-        pending.add(Series(layer, "grad_max_abs"), max_abs(gradient))
+        unscaled = norm if grad_scale is None else norm / grad_scale.to(norm.device, non_blocking=True)
+        if layer not in selected:
+            pending.add(Series(layer, "_other_grad_norm"), unscaled)
+            continue
+        pending.add(Series(layer, "grad_norm"), unscaled)
+        largest = max_abs(gradient)
+        pending.add(
+            Series(layer, "grad_max_abs"),
+            largest if grad_scale is None else largest / grad_scale.to(largest.device, non_blocking=True),
+        )
         pending.add(Series(layer, "nonfinite_count"), _nonfinite_count(gradient, norm))
 
 

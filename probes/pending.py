@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from probes.quantities import reduction_of, root_sum_of_squares
-from probes.record import ALL_LAYERS, Series, StepRecords
+from probes.record import ALL_LAYERS, Kind, Series, StepRecords
 
 GLOBAL_GRAD_NORM = Series(ALL_LAYERS, "grad_norm")
 
@@ -47,7 +47,9 @@ class Pending:
     def take(self) -> Pending:
         """Hands over what was collected and starts afresh."""
         taken = Pending()
-        taken.__dict__, self.__dict__ = self.__dict__, taken.__dict__
+        taken.measurements, self.measurements = self.measurements, taken.measurements
+        taken.numbers, self.numbers = self.numbers, taken.numbers
+        taken.ratios, self.ratios = self.ratios, taken.ratios
         return taken
 
     def add(
@@ -77,21 +79,33 @@ class Transfer:
         self.step = step
         self._pending = pending
         # Packed dtype by dtype: converting scalar by scalar would launch one kernel for each.
-        by_device: dict[torch.device, dict[torch.dtype, list[Measurement]]] = {}
-        for measurement in pending.measurements:
+        by_device: dict[torch.device, dict[torch.dtype, list[int]]] = {}
+        for index, measurement in enumerate(pending.measurements):
             tensor = measurement.tensor
-            by_device.setdefault(tensor.device, {}).setdefault(tensor.dtype, []).append(measurement)
-        self._copies = [
-            (
-                [m for group in by_dtype.values() for m in group],
-                *_copy_to_host(device, list(by_dtype.values())),
-            )
-            for device, by_dtype in by_device.items()
-        ]
+            by_device.setdefault(tensor.device, {}).setdefault(tensor.dtype, []).append(index)
+        self._copies = []
+        for device, by_dtype in by_device.items():
+            groups = [[pending.measurements[i].tensor for i in group] for group in by_dtype.values()]
+            order = [index for group in by_dtype.values() for index in group]
+            self._copies.append((order, *_copy_to_host(device, groups)))
 
     def wait(self) -> StepRecords:
         """The step's records. Waits for the copy if it has not arrived; one step later it has."""
-        values, errors = self._unpack()
+        values: defaultdict[Series, list[float]] = defaultdict(list)
+        errors: defaultdict[Series, list[float]] = defaultdict(list)
+        kinds: dict[Series, Kind] = {}
+        for measurement, numbers in zip(self._pending.measurements, self._numbers(), strict=True):
+            # Parts of different kinds (all rows of a short batch, a sample of a long one) are one series.
+            name = measurement.series._replace(kind="exact")
+            if measurement.series.kind != "exact" or name not in kinds:
+                kinds[name] = measurement.series.kind
+            target = errors if measurement.is_standard_error else values
+            if measurement.per_head:
+                for head, number in enumerate(numbers):
+                    kinds[name._replace(head=head)] = kinds[name]
+                    target[name._replace(head=head)].append(number)
+            else:
+                target[name].append(numbers[0])
         for series, number in self._pending.numbers:
             values[series].append(number)
         joined = {
@@ -99,9 +113,10 @@ class Transfer:
             for series, parts in values.items()
         }
         for result, numerator, denominator in self._pending.ratios:
-            if numerator in joined and denominator in joined:
-                joined[result] = _divide(joined[numerator], joined[denominator])
-        grad_norms = [value for series, value in joined.items() if series.quantity == "grad_norm"]
+            # A gradient of zero on both sides has no ratio.
+            if joined.get(denominator) and numerator in joined:
+                joined[result] = joined[numerator] / joined[denominator]
+        grad_norms = [value for s, value in joined.items() if s.quantity in ("grad_norm", "_other_grad_norm")]
         if grad_norms:
             joined[GLOBAL_GRAD_NORM] = root_sum_of_squares(grad_norms)
         recorded = {s: value for s, value in joined.items() if not s.quantity.startswith("_")}
@@ -109,36 +124,29 @@ class Transfer:
         error_of = {s: root_sum_of_squares(parts) / len(parts) for s, parts in errors.items()}
         return StepRecords(
             self.step,
-            tuple(recorded),
+            tuple(series._replace(kind=kinds.get(series, "exact")) for series in recorded),
             np.array(list(recorded.values()), dtype=np.float64),
             np.array([error_of.get(series, math.nan) for series in recorded], dtype=np.float64),
         )
 
-    def _unpack(self) -> tuple[defaultdict[Series, list[float]], defaultdict[Series, list[float]]]:
-        values: defaultdict[Series, list[float]] = defaultdict(list)
-        errors: defaultdict[Series, list[float]] = defaultdict(list)
-        for measurements, host, arrived in self._copies:
+    def _numbers(self) -> list[list[float]]:
+        """The numbers of every measurement, in the order in which they were measured."""
+        numbers: list[list[float]] = [[]] * len(self._pending.measurements)
+        for order, host, arrived in self._copies:
             if arrived is not None:
                 arrived.synchronize()
-            numbers = iter(host.tolist())
-            for series, tensor, per_head, is_standard_error in measurements:
-                target = errors if is_standard_error else values
-                if per_head:
-                    for head in range(tensor.numel()):
-                        target[series._replace(head=head)].append(next(numbers))
-                else:
-                    target[series].append(next(numbers))
-        return values, errors
+            everything, start = host.tolist(), 0
+            for index in order:
+                end = start + self._pending.measurements[index].tensor.numel()
+                numbers[index] = everything[start:end]
+                start = end
+        return numbers
 
 
-def _copy_to_host(
-    device: torch.device, groups: list[list[Measurement]]
-) -> tuple[Tensor, torch.cuda.Event | None]:
+def _copy_to_host(device: torch.device, groups: list[list[Tensor]]) -> tuple[Tensor, torch.cuda.Event | None]:
     """The step's one copy from a device to the host, and the event that marks its arrival."""
     wide = torch.float32 if device.type == "mps" else torch.float64
-    packed = torch.cat(
-        [torch.cat([m.tensor.detach().reshape(-1) for m in group]).to(wide) for group in groups]
-    )
+    packed = torch.cat([torch.cat([t.detach().reshape(-1) for t in group]).to(wide) for group in groups])
     if device.type != "cuda":
         return packed.to("cpu"), None
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
@@ -146,9 +154,3 @@ def _copy_to_host(
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(device))
     return host, arrived
-
-
-def _divide(numerator: float, denominator: float) -> float:
-    if denominator == 0:
-        return math.inf if numerator > 0 else math.nan
-    return numerator / denominator

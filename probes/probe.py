@@ -5,23 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from numbers import Real
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from probes.activations import Activations
+from probes.activations import Activations, in_backward
 from probes.attention_calls import AttentionCalls, AttentionSite
 from probes.delivery import Delivery, ProbeWarning
 from probes.layer_jacobians import measure_layer_jacobian
-from probes.layers import activation_layers, trainable_parameters
+from probes.layers import activation_layers, parameter_layers
 from probes.module_calls import ModuleCalls
 from probes.optimizer_state import OptimizerState
 from probes.parameter_gradients import measure_gradients
 from probes.pending import Pending
 from probes.quantities import QUANTITIES
-from probes.record import ALL_LAYERS, ROOT_LAYER, Record, Series
+from probes.record import ALL_LAYERS, Record, Series
 from stability.divergence import Alert
 
 
@@ -51,11 +52,14 @@ class Probe:
         self._is_attention_required = is_attention_required
         self._layer_jacobian_every = layer_jacobian_every
 
-        self._layer_of = trainable_parameters(names, selected)
+        self._layer_of = parameter_layers(names)
+        self._selected = selected
         self._activation_layers = activation_layers(names, selected)
         self._pending = Pending()
-        self._activations = Activations(self._pending)
-        self._optimizer_state = OptimizerState(self._layer_of)
+        self._activations = Activations(self._pending, self._guard)
+        self._optimizer_state = OptimizerState(
+            {parameter: layer for parameter, layer in self._layer_of.items() if layer in selected}
+        )
         self._module_calls = ModuleCalls(names, self._before_module, self._after_module)
         self._attention = AttentionCalls(
             self._pending, self._module_calls, selected, attention_rows, self._guard
@@ -91,7 +95,7 @@ class Probe:
     @property
     def attention_sites(self) -> list[AttentionSite]:
         """Where the model computes attention, as far as its forward passes have shown."""
-        return list(self._attention.sites.values())
+        return [*self._attention.sites.values(), *self._attention.unseen.values()]
 
     def log(self, **values: float | Tensor) -> None:
         """Records numbers of the training script, such as the loss, with the step under way.
@@ -105,20 +109,22 @@ class Probe:
         Raises:
             RuntimeError: After ``close``.
             TypeError: For anything that is not a number.
-            ValueError: For a tensor with several elements, or a name the probe records itself.
+            ValueError: For a tensor with several elements or a complex one, or a name of the probe's own.
         """
         self._check_open("log")
         for name, value in values.items():
             series = Series(ALL_LAYERS, name)
-            if name in QUANTITIES:
-                raise ValueError(f"`{name}` is recorded by the probe itself; log under another name.")
+            if name in QUANTITIES or name.startswith("_"):
+                raise ValueError(f"`{name}` is a name of the probe's own; log under another one.")
             if isinstance(value, Tensor):
-                if value.numel() != 1:
+                if value.numel() != 1 or value.is_complex():
                     raise ValueError(
-                        f"`{name}` must have one element; got shape {tuple(value.shape)}. Log its mean, say."
+                        f"`{name}` must have one real element; got shape {tuple(value.shape)} of "
+                        f"{value.dtype}. Log its mean, say."
                     )
-                self._pending.add(series, value.detach().reshape(()))
-            elif isinstance(value, int | float):
+                # A copy: the script may go on adding to a running loss.
+                self._pending.add(series, value.detach().reshape(()).clone())
+            elif isinstance(value, Real):
                 self._pending.add_number(series, float(value))
             else:
                 raise TypeError(f"`{name}` must be a number or a tensor; got {type(value).__name__}.")
@@ -138,7 +144,14 @@ class Probe:
             )
         self._check_attention_seen()
         if self._is_recorded:
-            self._guard("gradients", measure_gradients, self._pending, self._layer_of, self._layer_of)
+            self._guard(
+                "gradients",
+                measure_gradients,
+                self._pending,
+                self._layer_of,
+                self._selected,
+                self._layer_of,
+            )
         self._end_step()
 
     def close(self) -> None:
@@ -150,7 +163,12 @@ class Probe:
         self._close(silently=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Step count and detector state, to be saved with a checkpoint."""
+        """Step count and detector state, to be saved with a checkpoint. Waits for the last step's numbers.
+
+        Raises:
+            DivergenceError: If they show divergence and ``on_divergence="raise"``.
+        """
+        self._delivery.flush()
         return {"step": self._step, "detectors": self._delivery.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -162,6 +180,10 @@ class Probe:
         self._delivery.load_state_dict(state["detectors"])
         self._step = state["step"]
         self._begin_step()
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Registers a function to be called when the probe lets go of the model."""
+        self._handles.callback(callback)
 
     def __enter__(self) -> Probe:
         """Returns the probe; leaving the block closes it, also on an exception."""
@@ -196,6 +218,7 @@ class Probe:
         self._stepped.clear()
 
     def _end_step(self) -> None:
+        self._activations.end_step()
         step, pending = self._step, self._pending.take()
         self._step += 1
         self._begin_step()
@@ -204,50 +227,61 @@ class Probe:
     def _before_module(self, module: nn.Module, name: str, args: tuple) -> None:
         if self._is_measuring_jacobian:
             return
-        if name == ROOT_LAYER:
+        if len(self._module_calls.running) == 1 and not in_backward():  # the outermost call, whatever it is
             self._activations.start_forward()
             self._attention.start_forward()
         if self._is_recorded and module in self._activation_layers:
-            self._guard("activations", self._activations.see_input, name, args)
+            self._guard(f"inputs of {name}", self._activations.see_input, name, args)
 
     def _after_module(self, module: nn.Module, name: str, args: tuple, kwargs: dict, output: object) -> None:
         if self._is_measuring_jacobian:
             return
         if self._is_recorded and module in self._activation_layers:
-            self._guard("activations", self._activations.see_output, name, output)
+            self._guard(f"outputs of {name}", self._activations.see_output, name, output)
+        self._attention.end_module(name)
         if (
             self._is_jacobian_due
             and (name, 0) in self._attention.sites
             and name not in self._jacobians_measured
         ):
             self._jacobians_measured.add(name)
-            self._is_measuring_jacobian = True
+            self._is_measuring_jacobian = self._attention.is_paused = True
             try:
                 self._guard(
                     "layer Jacobians", measure_layer_jacobian, self._pending, name, module, args, kwargs
                 )
             finally:
-                self._is_measuring_jacobian = False
+                self._is_measuring_jacobian = self._attention.is_paused = False
 
     def _before_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        self._check_attention_seen()
-        if self._is_recorded:
-            if not _has_closure(args, kwargs):
+        if len(self._stepped | {optimizer}) == len(self._optimizers):  # the step is complete otherwise
+            self._check_attention_seen()
+        if self._is_measured(optimizer):
+            has_closure = _has_closure(args, kwargs)
+            if not has_closure:
                 self._guard("gradients", self._measure_gradients, optimizer)
-            self._guard("optimizer state", self._optimizer_state.before, self._pending, optimizer)
+            self._guard("weights", self._measure_weights, optimizer, has_closure)
 
     def _after_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        if self._is_recorded:
+        if self._is_measured(optimizer):
             if _has_closure(args, kwargs):  # the closure has just computed the gradients
                 self._guard("gradients", self._measure_gradients, optimizer)
-            self._guard("optimizer state", self._optimizer_state.after, self._pending, optimizer)
+            self._guard("updates", self._optimizer_state.after, self._pending, optimizer)
         self._stepped.add(optimizer)
         if len(self._stepped) == len(self._optimizers):
             self._end_step()
 
     def _measure_gradients(self, optimizer: Optimizer) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        measure_gradients(self._pending, self._layer_of, parameters)
+        grad_scale = getattr(optimizer, "grad_scale", None)  # a GradScaler leaves unscaling to fused steps
+        measure_gradients(self._pending, self._layer_of, self._selected, parameters, grad_scale)
+
+    def _measure_weights(self, optimizer: Optimizer, has_closure: bool) -> None:
+        self._optimizer_state.before(self._pending, optimizer, has_closure=has_closure)
+
+    def _is_measured(self, optimizer: Optimizer) -> bool:
+        """Of an optimizer that steps several times before the others do (a critic), the first step counts."""
+        return self._is_recorded and optimizer not in self._stepped
 
     def _guard(self, what: str, measure: Callable[..., None], *arguments: object) -> None:
         """Runs a measurement; one that fails is given up with a warning, the training goes on."""
@@ -268,6 +302,7 @@ class Probe:
             return
         self._is_closed = True
         self._handles.close()
+        self._activations.end_step()
         try:
             if self._pending:  # a step that an exception or an interrupt cut short
                 self._delivery.send(self._step, self._pending.take())
@@ -281,9 +316,9 @@ class Probe:
     def _check_attention_seen(self) -> None:
         if self._is_attention_required and self._attention.step is not None and not self._attention.sites:
             raise ValueError(
-                "`attention_every` was given, but the model made no attention call that can be seen "
-                "(torch.nn.functional.scaled_dot_product_attention, stability.softmax_attention or "
-                "stability.sigmoid_attention). Leave `attention_every` out for a model without attention."
+                "`attention_every` was given, but the model made no attention call that can be seen. Declare "
+                "attention that is written by hand with stability.attention.report_attention, or leave "
+                "`attention_every` out for a model without attention."
             )
 
 

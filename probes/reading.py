@@ -79,9 +79,8 @@ def _read_lines(path: Path) -> Iterator[Point]:
             )
         for line in file:
             fields = _parse(line)
-            if fields is None:
-                return  # the line a killed process was writing
-            if fields.pop("type", None) == "record":
+            # None: the line a killed process was writing; a later process may have gone on after it.
+            if fields is not None and fields.pop("type", None) == "record":
                 record = Record(**fields)
                 yield record.series.tag, record.step, float(record.value)
 

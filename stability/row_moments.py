@@ -105,15 +105,17 @@ def softmax_row_moments(logits: Tensor) -> SoftmaxRowMoments:
     has_second = second > NEGATIVE_INFINITY
     ratio = torch.exp(below_second(rest, second))  # rᵢ; 0 for excluded keys and for the largest
     t1, t2, t3, t4 = (ratio.pow(k).sum(dim=-1) for k in (1, 2, 3, 4))
-    has_key = max_logit > NEGATIVE_INFINITY
+    has_key = max_logit != NEGATIVE_INFINITY  # true of NaN, which is to come out as NaN
     gap = torch.where(has_second, second - torch.where(has_key, max_logit, second), second)  # ≤ 0
     relative = torch.exp(gap) * t1  # R = Σ_{i≥2} exp(zᵢ − m)
     log_denominator = torch.log1p(relative)
     p1 = torch.where(has_key, torch.exp(-log_denominator), torch.zeros_like(max_logit))
     p2 = torch.exp(gap) * p1
-    # Σ pᵢ (m − zᵢ): a masked key has r = 0, and 0 · inf must stay 0.
-    distance = torch.where(ratio > 0, max_logit.unsqueeze(-1) - rest, torch.zeros_like(rest))
-    entropy = log_denominator + p2 * (ratio * distance).sum(dim=-1)
+    # Σ pᵢ (m − zᵢ). An excluded key has p = 0 and an infinite distance, one masked by the most negative
+    # number a distance that overflows in the sum; both count as 0.
+    weighted = p2.unsqueeze(-1) * ratio
+    distance = torch.where(weighted == 0, torch.zeros_like(rest), max_logit.unsqueeze(-1) - rest)
+    entropy = log_denominator + (weighted * distance).sum(dim=-1)
     return SoftmaxRowMoments(max_logit, max_logit + log_denominator, entropy, p1, p2, t1, t2, t3, t4)
 
 

@@ -38,6 +38,8 @@ class JsonLinesSink:
             raise OSError(f"cannot write records to {self.path}: {error}. Choose a writable path.") from error
         if self._file.tell() == 0:
             self._write_line({"schema": "stability-probes", "schema_version": SCHEMA_VERSION})
+        elif not self.path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # a killed process left half a line
 
     def write(self, records: StepRecords) -> None:
         """See :class:`~probes.sinks.Sink`."""

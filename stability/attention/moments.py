@@ -1,7 +1,4 @@
-"""What attention rows are reduced to, a chunk of rows at a time: O(tokens) memory in plain PyTorch.
-
-A streaming kernel replaces the two public functions here and nothing else.
-"""
+"""What attention rows are reduced to, with O(tokens) memory: by the streaming kernel or in chunks of rows."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from torch.nn import functional
 
 from stability.attention.logits import NEGATIVE_INFINITY, add_logit_terms_
 from stability.attention.rows import SelectedRows
+from stability.attention.streaming import can_stream, stream_row_moments
 from stability.attention.validation import LogitTerms, logit_dtype
 from stability.jacobian import softmax_row_spectral_norm
 from stability.row_moments import SoftmaxRowMoments, sigmoid_derivative, softmax_row_moments
@@ -64,6 +62,9 @@ def softmax_moments(
     Returns:
         Moments and spectral norms, each [batch, heads, num_rows].
     """
+    if can_stream(query) and not exact_spectral:  # the exact norm rereads the logits
+        streamed, _ = stream_row_moments(query, key, terms, selected, saturated_weight=None)
+        return streamed, streamed.spectral_upper_bound
     moments, spectral = [], []
     for logits in _logit_chunks(query, key, terms, selected):
         moments.append(softmax_row_moments(logits))
@@ -88,6 +89,11 @@ def sigmoid_moments(
     Returns:
         Moments, each [batch, heads, num_rows].
     """
+    if can_stream(query):
+        normalised, sums = stream_row_moments(query, key, terms, selected, saturated_weight=SATURATED_WEIGHT)
+        max_logit, *rest = sums
+        max_logit = torch.where(normalised.entropy.isnan(), normalised.entropy, max_logit)
+        return SigmoidRowMoments(max_logit, normalised.entropy, *rest)
     return SigmoidRowMoments(
         *_concatenate(
             [
@@ -143,6 +149,9 @@ def _logit_chunks(query: Tensor, key: Tensor, terms: LogitTerms, selected: Selec
             mask = mask.expand(batch, -1, -1, -1)
             mask = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))
         add_logit_terms_(logits, replace(terms, attn_mask=mask), rows)
+        if mask is not None and mask.dtype is not torch.bool:
+            # Many models mask with the most negative number instead of −inf.
+            logits.masked_fill_(logits < torch.finfo(mask.dtype).min / 2, NEGATIVE_INFINITY)
         yield logits.masked_fill_((weights == 0)[:, None, :, None], NEGATIVE_INFINITY)
 
 

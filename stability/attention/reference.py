@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, softmax  # by name: attention written by hand is observed where it calls softmax
 from torch.nn import functional
 
 from stability.attention.logits import NEGATIVE_INFINITY, add_logit_terms_
@@ -37,10 +37,10 @@ def softmax_attention(
     logits = _logits(query, key, terms)
     # Causal order alone leaves every row its own key, so only masks and padding can empty a row.
     if terms.attn_mask is None and terms.key_lengths is None and terms.query_lengths is None:
-        return _weighted_sum(logits.softmax(dim=-1), value, dropout_p)
+        return _weighted_sum(softmax(logits, dim=-1), value, dropout_p)
     is_empty = logits.detach().amax(dim=-1, keepdim=True) == NEGATIVE_INFINITY
     # The softmax of an empty row is 0/0, whose NaN would reach the gradients of key and value.
-    weights = logits.masked_fill_(is_empty, 0.0).softmax(dim=-1)
+    weights = softmax(logits.masked_fill_(is_empty, 0.0), dim=-1)
     return _weighted_sum(weights, value, dropout_p).masked_fill(is_empty, 0.0)
 
 

@@ -63,7 +63,7 @@ class GradientExplosionDetector:
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
-        worst = 0
+        worst = num_judged = 0
         origin: tuple[str, float, float] | None = None
         for layer, norm in readings.get("grad_norm", {}).items():
             if layer == ALL_LAYERS or not 0 < norm < math.inf:
@@ -73,13 +73,15 @@ class GradientExplosionDetector:
             level = 0
             if len(history) >= self._min_history:
                 reference = statistics.median(history)
+                num_judged += 1
                 level = sum(log_norm - reference >= threshold for threshold in self._thresholds)
                 if level and level >= worst:  # the last such layer is the one nearest to the loss
                     worst, origin = level, (layer, norm, math.exp(reference))
             if level == 0:
                 history.append(log_norm)
         if origin is None:
-            self._reported = 0
+            if num_judged:  # a step without a finite gradient does not end an episode
+                self._reported = 0
             return []
         if worst <= self._reported:
             return []

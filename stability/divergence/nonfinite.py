@@ -59,6 +59,10 @@ class NonFiniteDetector:
         for quantity in _FIRST_LAYER + _LAST_LAYER:
             values: Mapping[str, float] = readings.get(quantity, {})
             broken = [(layer, value) for layer, value in values.items() if not math.isfinite(value)]
+            if quantity == "attention/max_logit":  # −inf: no row had a key
+                broken = [(layer, value) for layer, value in broken if value != -math.inf]
+            if quantity == "activation_grad_norm" and _is_finite(readings.get("grad_norm", {})):
+                continue  # a pass whose update a GradScaler skipped, to try again with a smaller scale
             # The whole model's value names no layer; it counts where nothing more precise is recorded.
             layer_known = [item for item in broken if item[0] != ALL_LAYERS] or broken
             if layer_known:
@@ -68,3 +72,7 @@ class NonFiniteDetector:
                 )
                 return Alert(step, layer, quantity, "divergence", value, None, reason)
         return None
+
+
+def _is_finite(values: Mapping[str, float]) -> bool:
+    return bool(values) and all(map(math.isfinite, values.values()))

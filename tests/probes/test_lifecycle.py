@@ -68,8 +68,10 @@ class TestBadInput:
         probes.attach(model).close()  # after closing it may be watched again
 
     def test_a_compiled_model(self) -> None:
-        with pytest.raises(ValueError, match=r"Attach to the model before torch\.compile"):
+        with pytest.raises(ValueError, match=r"`model` is compiled.*without torch\.compile"):
             probes.attach(torch.compile(nn.Linear(1, 1)))
+        with pytest.raises(ValueError, match=r"`1` in `model` is compiled"):
+            probes.attach(nn.Sequential(nn.Linear(1, 1), torch.compile(nn.Linear(1, 1))))
 
     def test_an_optimizer_of_another_model(self) -> None:
         with pytest.raises(ValueError, match="this SGD holds none of Linear's"):
@@ -134,11 +136,11 @@ class TestBadInput:
 
     def test_logging_what_is_no_number(self) -> None:
         with probes.attach(nn.Linear(1, 1)) as probe:
-            with pytest.raises(ValueError, match="`loss` must have one element; got shape \\(3,\\)"):
+            with pytest.raises(ValueError, match="`loss` must have one real element; got shape \\(3,\\)"):
                 probe.log(loss=torch.ones(3))
             with pytest.raises(TypeError, match="`loss` must be a number or a tensor; got str"):
                 probe.log(loss="low")
-            with pytest.raises(ValueError, match="`grad_norm` is recorded by the probe itself"):
+            with pytest.raises(ValueError, match="`grad_norm` is a name of the probe's own"):
                 probe.log(grad_norm=1.0)
 
     def test_loading_the_state_of_other_detectors(self) -> None:
@@ -251,7 +253,7 @@ class TestFailuresWhileTraining:
         def broken(*arguments: object, **named: object) -> None:
             raise RuntimeError("bug")
 
-        monkeypatch.setattr("probes.attention_calls.attention_statistics", broken)
+        monkeypatch.setattr("stability.attention.seen.attention_statistics", broken)
         model = SelfAttention(torch_attention)
         with pytest.warns(probes.ProbeWarning, match="measuring attention failed"):
             with probes.attach(model, attention_every=1) as probe:

@@ -78,3 +78,9 @@ def test_max_abs_is_of_either_sign_and_keeps_the_dtype() -> None:
     assert max_abs(torch.empty(0)) == 0
     assert max_abs(torch.tensor([1.0, math.nan])).isnan()
     assert max_abs(torch.tensor([1.0, -math.inf])) == math.inf
+
+
+def test_long_sums_keep_their_digits():
+    entries = torch.full((50_000_000,), 0.1)
+    (norm,) = tensor_norms([entries])
+    assert abs(norm.item() / (float(entries[0]) * 50_000_000**0.5) - 1) < 1e-5

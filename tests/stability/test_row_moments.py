@@ -104,3 +104,18 @@ def test_sigmoid_derivative_agrees_with_mpmath(z: float) -> None:
 def test_sigmoid_derivative_at_the_ends_of_the_range() -> None:
     ends = torch.tensor([1e308, -1e308, INF, -INF], dtype=torch.float64)
     assert sigmoid_derivative(ends).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keys_masked_by_the_most_negative_number_leave_the_entropy_finite(dtype):
+    logits = torch.full((2, 5), torch.finfo(dtype).min, dtype=dtype)
+    logits[0, 0] = 1.0
+    logits[1, :2] = 0.0
+    entropy = softmax_row_moments(logits).entropy
+    torch.testing.assert_close(entropy, torch.tensor([0.0, math.log(2)], dtype=dtype))
+
+
+def test_a_nan_logit_comes_out_as_nan():
+    moments = softmax_row_moments(torch.tensor([[1.0, math.nan, 0.0]]))
+    for value in (moments.entropy, moments.frobenius, moments.trace, moments.derivative_max, moments.p1):
+        assert value.isnan().all()

@@ -1,0 +1,269 @@
+"""What probes cost: training with them and with peers against bare training, interleaved in one process.
+
+Every configuration trains its own copy of the model on the same batches. In each round all of them take
+their turn, in an order that rotates from round to round, each attached for its turn only: a warm-up step,
+then --steps-per-round timed ones. Reported is the median over rounds of the ratio to bare training in the
+same round, with a 95 % bootstrap interval. "bare, a second copy" shows what no difference looks like.
+
+    python -m experiments.overhead_benchmark                           # 50 rounds on one CPU thread; half an
+                                                                       # hour, on a machine left alone
+    python -m experiments.overhead_benchmark --rounds 5                # a first look
+    PYTHONPATH=. python -m experiments.overhead_benchmark --preset 160m --device cuda      # one H100
+    PYTHONPATH=. python -m experiments.overhead_benchmark --preset 160m --device cuda --mechanism sigmoid
+
+Writes `overhead.json` and `overhead.png` below --out. Ctrl-C reports the rounds that were completed (exit
+status 130).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from experiments.cell_transformer import MECHANISMS
+from experiments.command_line import positive_int, write_json
+from experiments.overhead_contenders import BARE, Contender, contenders, missing_peers
+from experiments.overhead_report import Overhead, draw_figure, overhead_table, paired_ratio
+from experiments.overhead_training import Training, cell_trainings, token_trainings
+from experiments.provenance import provenance
+from experiments.token_transformer import TokenTransformerConfig
+
+DEFAULT_OUT = Path("runs/overhead")
+ATTENTION_PERIOD = 10  # default of probes.attach: one step in ten records attention
+
+PRESETS: dict[str, Callable[[str, str], Callable[[], Training]]] = {
+    "small": lambda device, mechanism: token_trainings(device, TokenTransformerConfig()),
+    "160m": lambda device, mechanism: cell_trainings(device, "160m", 8192, mechanism),
+    "tiny": lambda device, mechanism: token_trainings(
+        device, TokenTransformerConfig(vocabulary=16, max_tokens=8, embed_dim=8, num_layers=2)
+    ),
+    "tiny-cells": lambda device, mechanism: cell_trainings(device, "tiny", 32, mechanism),
+}
+PRESETS_WITH_MECHANISMS = ("160m", "tiny-cells")
+
+
+def time_turn(contender: Contender, training: Training, steps: int, device: str) -> float:
+    """One turn of a contender.
+
+    Args:
+        contender: What watches.
+        training: Its copy.
+        steps: Timed steps, after one that is not.
+        device: Waited for before and after, if "cuda".
+
+    Returns:
+        Seconds of the timed steps.
+    """
+    with contender.watch(training) as watch:
+        training.step(watch)
+        _wait_for(device)
+        started = time.perf_counter()
+        for _ in range(steps):
+            training.step(watch)
+        _wait_for(device)
+        return time.perf_counter() - started
+
+
+def measure(
+    competitors: Sequence[Contender],
+    make_training: Callable[[], Training],
+    *,
+    rounds: int,
+    steps: int,
+    device: str,
+    on_turn: Callable[[str], None] = lambda name: None,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """All rounds, or those that Ctrl-C leaves complete.
+
+    A peer that cannot watch this model is left out from then on.
+
+    Args:
+        competitors: Who takes part.
+        make_training: Makes each one's copy.
+        rounds: How often each has its turn, after a first round that is not counted.
+        steps: Timed steps of a turn.
+        device: "cpu" or "cuda".
+        on_turn: Called with the contender's name before each turn.
+
+    Returns:
+        Name → seconds per turn, round by round, as many for each; name of each peer that failed → its error.
+    """
+    failed: dict[str, str] = {}
+    trainings = {contender.name: make_training() for contender in competitors}
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in competitors}
+    try:
+        for number in range(rounds + 1):
+            first = number % len(competitors)
+            this_round = {}
+            for contender in [*competitors[first:], *competitors[:first]]:
+                name = contender.name
+                on_turn(name)
+                if name in failed:
+                    continue
+                try:
+                    this_round[name] = time_turn(contender, trainings[name], steps, device)
+                except Exception as error:
+                    if contender.kind != "peer":
+                        raise
+                    failed[name] = repr(error)
+                    del seconds[name]
+            if number:  # in the first, allocators and caches find their size
+                for name, value in this_round.items():
+                    seconds[name].append(value)
+    except KeyboardInterrupt:
+        pass
+    return seconds, failed
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        The settings; argparse exits with status 2 on a bad one.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.overhead_benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--preset",
+        choices=PRESETS,
+        default="small",
+        help="small: language model, 3.45M parameters, 8 × 128 tokens; 160m: the stress test's model, "
+        "8,192 tokens; the tiny ones are for tests (default small)",
+    )
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda trains under bfloat16 autocast")
+    add("--mechanism", choices=MECHANISMS, default="softmax", help="attention of 160m (default softmax)")
+    add("--rounds", type=positive_int, default=50, help="turns of each configuration (default 50)")
+    add(
+        "--steps-per-round",
+        type=positive_int,
+        default=ATTENTION_PERIOD,
+        help=f"timed steps of a turn, a multiple of {ATTENTION_PERIOD} (default {ATTENTION_PERIOD})",
+    )
+    add("--threads", type=positive_int, default=1, help="CPU threads (default 1)")
+    add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
+    options = parser.parse_args(arguments)
+    if options.steps_per_round % ATTENTION_PERIOD:
+        parser.error(
+            f"--steps-per-round must be a multiple of {ATTENTION_PERIOD}, so that the steps that record "
+            f"attention come as often in every turn; got {options.steps_per_round}."
+        )
+    if options.mechanism != "softmax" and options.preset not in PRESETS_WITH_MECHANISMS:
+        parser.error(f"--mechanism {options.mechanism} needs --preset 160m; {options.preset} is softmax.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            "--device cuda needs a CUDA device; torch.cuda.is_available() is False. Use --device cpu."
+        )
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and report.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        Exit status: 0, 130 after Ctrl-C, 2 if nothing can be written to --out.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    options = parse_arguments(arguments)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a log file has no width; the table needs this much
+    torch.set_num_threads(options.threads)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"overhead_benchmark: {error}", file=sys.stderr)
+        return 2
+    started = time.time()
+    with tempfile.TemporaryDirectory() as scratch, Progress(console=console) as progress:
+        competitors = contenders(Path(scratch))
+        task = progress.add_task("", total=(options.rounds + 1) * len(competitors))
+        seconds, failed = measure(
+            competitors,
+            PRESETS[options.preset](options.device, options.mechanism),
+            rounds=options.rounds,
+            steps=options.steps_per_round,
+            device=options.device,
+            on_turn=lambda name: progress.update(task, description=name, advance=1),
+        )
+    num_rounds = len(seconds[BARE])
+    if not num_rounds:
+        console.print("Interrupted before the first round was complete; nothing is measured.")
+        return 130
+
+    overheads = [
+        Overhead(
+            contender.name,
+            contender.kind,
+            1e3 * float(np.median(seconds[contender.name])) / options.steps_per_round,
+            *paired_ratio(np.array(seconds[contender.name]), np.array(seconds[BARE])),
+        )
+        for contender in competitors
+        if contender.name in seconds
+    ]
+    title = f"Cost of watching: {options.preset}, {options.mechanism}, {options.device}"
+    note = f"{num_rounds} rounds of {options.steps_per_round} steps."
+    if missing := missing_peers():
+        note += f" Not installed: {', '.join(missing)}."
+    if failed:
+        note += f" Failed on this model: {', '.join(failed)}."
+    json_path, figure_path = options.out / "overhead.json", options.out / "overhead.png"
+    write_json(
+        json_path,
+        {
+            "schema_version": 1,
+            "command": shlex.join(
+                [
+                    "python",
+                    "-m",
+                    "experiments.overhead_benchmark",
+                    *(sys.argv[1:] if arguments is None else arguments),
+                ]
+            ),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "seconds": round(time.time() - started, 1),
+            "rounds": num_rounds,
+            "steps_per_round": options.steps_per_round,
+            "overheads": [asdict(overhead) for overhead in overheads],
+            "missing_peers": missing,
+            "failed_peers": failed,
+            "seconds_per_turn": seconds,
+            **provenance(options.device),
+        },
+    )
+    draw_figure(figure_path, overheads, title)
+    console.print(overhead_table(overheads, title, note))
+    console.print(f"Written: {json_path}, {figure_path}")
+    if num_rounds < options.rounds:
+        console.print(f"Interrupted: {num_rounds} of {options.rounds} rounds measured.")
+        return 130
+    return 0
+
+
+def _wait_for(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

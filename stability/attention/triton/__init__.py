@@ -1,0 +1,1 @@
+"""Triton kernels. Imported where a CUDA tensor asks for them, never by ``import stability``."""

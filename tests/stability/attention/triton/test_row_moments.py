@@ -1,0 +1,123 @@
+"""The streaming kernel against the chunked computation: here in Triton's interpreter, on a GPU compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from stability.attention import AttentionCall
+from stability.attention.moments import SATURATED_WEIGHT, sigmoid_moments, softmax_moments
+from stability.attention.rows import select_rows
+from stability.attention.streaming import stream_row_moments
+from stability.attention.validation import logit_terms
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
+compares = pytest.mark.skipif(
+    not IS_INTERPRETED and DEVICE == "cpu", reason="run by test_in_the_interpreter, or on a CUDA device"
+)
+
+
+@pytest.mark.skipif(IS_INTERPRETED or DEVICE == "cuda", reason="the comparisons run in this process")
+@pytest.mark.slow  # the interpreter takes a minute
+def test_in_the_interpreter() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+
+
+CASES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "padded": {"key_lengths": [5, 38], "query_lengths": [3, 34]},
+    "empty": {"key_lengths": [0, 1]},
+    "boolean mask": {"attn_mask": "boolean"},
+    "added mask": {"attn_mask": "added"},
+    "grouped": {"enable_gqa": True},
+    "sharp": {"scale": 40.0},
+    "collapsed": {"scale": 4000.0},
+    "flat": {"scale": 1e-6},
+}
+
+
+def make_call(mechanism: str, case: str) -> AttentionCall:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    arguments = dict(CASES[case])
+    query, key = random(2, 2, 34, 24), random(2, 1 if case == "grouped" else 2, 38, 24)
+    if arguments.get("attn_mask") == "boolean":
+        arguments["attn_mask"] = random(2, 1, 34, 38) > 0.5
+    elif arguments.get("attn_mask") == "added":
+        arguments["attn_mask"] = random(2, 34, 38).masked_fill_(random(2, 34, 38) > 1, -torch.inf)
+    if mechanism == "sigmoid":
+        arguments |= {"bias": random(2), "score_bias": random(2, 38)}
+    return AttentionCall(mechanism, query.transpose(1, 2).contiguous().transpose(1, 2), key, **arguments)
+
+
+@compares
+@pytest.mark.parametrize(("case", "rows"), [*((case, None) for case in CASES), ("causal", 9), ("padded", 9)])
+@pytest.mark.parametrize("mechanism", ["softmax", "sigmoid"])
+def test_it_is_the_chunked_computation(mechanism: str, case: str, rows: int | None) -> None:
+    call = make_call(mechanism, case)
+    terms = logit_terms(call)
+    selected = select_rows(
+        rows, batch=2, tokens=34, lengths=terms.query_lengths, device=call.query.device, seed=0
+    )
+    # The chunked computation in float64, of the same float32 inputs.
+    exact_call = AttentionCall(**{**vars(call), "query": call.query.double(), "key": call.key.double()})
+    exact_terms = logit_terms(exact_call)
+    scale = 1e-5 + 1e-6 * call.query.abs().max().item() * terms.scale * 24
+    if mechanism == "softmax":
+        exact, _ = softmax_moments(
+            exact_call.query, exact_call.key, exact_terms, selected, exact_spectral=False
+        )
+        actual, _ = stream_row_moments(call.query, call.key, terms, selected, saturated_weight=None)
+        names = ("max_logit", "log_sum_exp", "entropy", "trace", "frobenius", "derivative_max")
+        names += ("spectral_upper_bound", "off_diagonal_share")
+        pairs = {name: (getattr(actual, name), getattr(exact, name)) for name in names}
+    else:
+        exact_sigmoid = sigmoid_moments(exact_call.query, exact_call.key, exact_terms, selected)
+        normalised, sums = stream_row_moments(
+            call.query, call.key, terms, selected, saturated_weight=SATURATED_WEIGHT
+        )
+        streamed = (sums[0], normalised.entropy, *sums[1:])
+        pairs = dict(zip(exact_sigmoid._fields, zip(streamed, exact_sigmoid, strict=True), strict=True))
+    for name, (value, truth) in pairs.items():
+        tolerance = scale * truth.abs() + 1e-15
+        if name == "max_logit":
+            tolerance = tolerance + scale
+        same = (value.double() == truth) | ((value.double() - truth).abs() <= tolerance)
+        assert same.all(), (name, value[~same][:4], truth[~same][:4])
+
+
+@compares
+@pytest.mark.parametrize("mechanism", ["softmax", "sigmoid"])
+def test_nan_in_a_valid_row_comes_out(mechanism: str) -> None:
+    call = make_call(mechanism, "plain")
+    call.query[1, 1, 3, 4] = torch.nan
+    terms = logit_terms(call)
+    selected = select_rows(None, batch=2, tokens=34, lengths=None, device=call.query.device, seed=0)
+    moments, _ = stream_row_moments(
+        call.query, call.key, terms, selected, saturated_weight=0.99 if mechanism == "sigmoid" else None
+    )
+    is_nan = moments.entropy.isnan()
+    assert is_nan[1, 1, 3]
+    assert is_nan.sum() == 1
+    assert moments.max_logit.isnan()[1, 1, 3]
