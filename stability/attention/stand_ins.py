@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +55,9 @@ class StandIns:
 
     def install(self) -> None:
         """Replaces every function of a package that is imported, also where it was imported by name."""
+        # torch.compile knows torch's functions as they are when it is first imported, and it must know the
+        # originals. Every optimizer imports it when it is made.
+        importlib.import_module("torch._dynamo")
         self._is_installed = True
         found: dict[int, tuple[Target, Any]] = {}
         for target in self._targets:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
@@ -381,3 +382,18 @@ def test_a_mask_per_head_stays_one() -> None:
     ]  # fmt: skip
     torch.testing.assert_close(torch.broadcast_to(calls[1].attn_mask, (2, 4, 5, 5)), mask.expand(2, 4, 5, 5))
     torch.testing.assert_close(calls[2].attn_mask[:, 0], mask)
+
+
+def test_torch_compile_that_is_imported_while_observing_knows_the_originals() -> None:
+    script = """
+import torch
+from stability.attention.interception import observe_softmax
+
+def attend(x):
+    return torch.softmax(x, -1)
+
+with observe_softmax(lambda logits: None):
+    torch.compile(attend, backend="aot_eager", fullgraph=True)(torch.rand(2, 3))
+torch.compile(lambda x: attend(x) * 2, backend="aot_eager", fullgraph=True)(torch.rand(2, 3))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
