@@ -35,6 +35,7 @@ def provenance(device: str) -> dict[str, Any]:
         hardware["cuda"] = torch.version.cuda
         hardware["gpu_peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+    versions["torch"] = torch.__version__  # tells a CUDA build from a CPU build, which metadata may not
     return {"versions": versions, "hardware": hardware, "commit": _commit()}
 
 

@@ -212,6 +212,7 @@ def test_training_learns_and_the_top_rate_does_not(tmp_path):
 
 
 def test_an_unreadable_data_file_is_named(tmp_path, capsys):
+    pytest.importorskip("anndata", reason='needs `pip install "stability-probes[cells]"`')
     path = tmp_path / "broken.h5ad"
     path.write_bytes(b"no HDF5")
     assert main([*SMALL, "--data", str(path), "--log-dir", str(tmp_path)]) == 2
