@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -34,9 +34,16 @@ class Activations:
     Args:
         pending: Receives the scalars.
         guard: Runs a named measurement so that its failure does not reach the backward pass.
+
+    Attributes:
+        is_detailed: Whether largest entries are measured too.
+        loss_factor: What a ``GradScaler`` has multiplied the step's loss by, which every gradient is divided
+            by; None without one.
     """
 
     def __init__(self, pending: Pending, guard: Callable[..., None]) -> None:
+        self.is_detailed = False
+        self.loss_factor: Tensor | None = None
         self._pending = pending
         self._guard = guard
         self._calls: Counter[str] = Counter()
@@ -54,11 +61,11 @@ class Activations:
     def end_step(self) -> None:
         """Lets go of everything the step's forward passes left."""
         self.start_forward()
+        self.loss_factor = None
         for handle in self._leaf_hooks:
             handle.remove()
         self._leaf_hooks.clear()
 
-    @torch.no_grad()
     def see_input(self, layer: str, inputs: object) -> None:
         """Looks at a layer's first input before the layer runs and may change it in place."""
         self._has_input.discard(layer)
@@ -68,7 +75,6 @@ class Activations:
         self._watch(tensor).append(Series(layer, "_input_grad_norm", call=self._calls[layer]))
         self._has_input.add(layer)
 
-    @torch.no_grad()
     def see_output(self, layer: str, output: object) -> None:
         """Adds the size of a layer's first output, and of the gradient when it comes back."""
         tensor = next(floating_tensors(output), None)
@@ -76,21 +82,43 @@ class Activations:
             return
         call = self._calls[layer]
         self._calls[layer] += 1
-        values = tensor.detach()
-        (norm,) = tensor_norms([values])
-        self._pending.add(Series(layer, "activation_rms", call=call), norm / math.sqrt(values.numel()))
-        self._pending.add(Series(layer, "activation_max_abs", call=call), max_abs(values))
+        self.measure_output(layer, call, tensor.detach())
         if tensor.requires_grad:
-            series = self._watch(tensor)
-            series.append(Series(layer, "activation_grad_norm", call=call))
-            if layer in self._has_input:
-                # Both sides of the ratio come from the same calls: others may have an input without gradient.
-                at_input, at_output = (
-                    Series(layer, quantity, call=call)
-                    for quantity in ("_input_grad_norm", "_output_grad_norm")
-                )
-                series.append(at_output)
-                self._pending.add_ratio(Series(layer, "gradient_gain", call=call), at_input, at_output)
+            has_input = layer in self._has_input
+            self._watch(tensor).extend(self.output_gradient_series(layer, call, has_input=has_input))
+
+    def measure_output(self, layer: str, call: int, values: Tensor) -> None:
+        """Adds the size of an output that is not attached to the graph."""
+        (norm,) = tensor_norms([values])
+        root_size = math.sqrt(values.numel())
+        self._pending.add(Series(layer, "activation_rms", call=call), norm, factor=1 / root_size)
+        if self.is_detailed:
+            self._pending.add(Series(layer, "activation_max_abs", call=call), max_abs(values))
+
+    def output_gradient_series(self, layer: str, call: int, *, has_input: bool) -> list[Series]:
+        """What the norm of the gradient at an output is recorded as.
+
+        Args:
+            layer: The layer.
+            call: Which of its calls.
+            has_input: Whether the gradient at the input of this call is measured too.
+        """
+        series = [Series(layer, "activation_grad_norm", call=call)]
+        if has_input:
+            # Both sides of the ratio come from the same calls: others may have an input without gradient.
+            at_input = Series(layer, "_input_grad_norm", call=call)
+            at_output = Series(layer, "_output_grad_norm", call=call)
+            series.append(at_output)
+            self._pending.add_ratio(Series(layer, "gradient_gain", call=call), at_input, at_output)
+        return series
+
+    def measure_gradient(self, gradient: Tensor, series: Iterable[Series]) -> None:
+        """Adds the norm of a gradient under every name it has."""
+        (norm,) = tensor_norms([gradient])
+        if self.loss_factor is not None:
+            norm = norm / self.loss_factor.to(norm.device, non_blocking=True)
+        for name in series:
+            self._pending.add(name, norm)
 
     def _watch(self, tensor: Tensor) -> list[Series]:
         """The series that this tensor's gradient norm goes to; hooks the tensor when it is new."""
@@ -99,18 +127,12 @@ class Activations:
             return watched.series
         series: list[Series] = []
         handle = tensor.register_hook(
-            lambda gradient: self._guard("gradients", self._measure, gradient, series)
+            lambda gradient: self._guard("gradients", self.measure_gradient, gradient, series)
         )
         if tensor.is_leaf:
             self._leaf_hooks.append(handle)
         self._watched[id(tensor)] = _Watched(weakref.ref(tensor), tensor._version, series)
         return series
-
-    @torch.no_grad()
-    def _measure(self, gradient: Tensor, series: list[Series]) -> None:
-        (norm,) = tensor_norms([gradient.detach()])
-        for name in series:
-            self._pending.add(name, norm)
 
     def _is_recomputed(self, layer: str) -> bool:
         """Activation checkpointing runs a layer again inside the backward pass; its first run counts."""

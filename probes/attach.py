@@ -30,6 +30,7 @@ def attach(
     sinks: Sequence[Sink] = (),
     layers: str | Sequence[str] = "*",
     every: int = 1,
+    details_every: int = 50,
     attention_every: int | None = None,
     attention_rows: int | None = 64,
     on_divergence: OnDivergence = "warn",
@@ -43,13 +44,17 @@ def attach(
     one warning, and the training goes on.
 
     Args:
-        model: The model. Compiled ones are refused for now.
+        model: The model. With ``torch.compile``, attach first and compile then.
         optimizer: The optimizer, or several: a step ends when the last of them has stepped. Without one,
             call ``probe.step()`` after each backward pass; weights and updates are then not recorded.
         log_dir: Directory for TensorBoard events of this run. None keeps records in memory only.
         sinks: Further places for records, such as :class:`probes.sinks.JsonLinesSink`.
         layers: Shell-style pattern or patterns of module names, as in ``model.named_modules()``.
-        every: Records gradients, activations and weights at each n-th optimizer step; 0: never.
+        every: At each n-th optimizer step, records the norm of each layer's gradient, and of the outputs of
+            blocks and the gradients there; 0: never. Blocks are the elements of the outermost
+            ``nn.ModuleList`` or ``nn.Sequential``; of a model without, its children.
+        details_every: Of these steps, at each n-th also the outputs of every layer, largest entries,
+            non-finite counts, weights and updates; 0: never.
         attention_every: The same for attention statistics. None: every 10th step of models that have
             attention. With a number, a model without attention is an error.
         attention_rows: Query rows sampled per sequence and head for attention statistics; None: all.
@@ -82,6 +87,7 @@ def attach(
     optimizers = _optimizers(optimizer)
     _check_model(model)
     _check_count("every", every, minimum=0)
+    _check_count("details_every", details_every, minimum=0)
     _check_count("layer_jacobian_every", layer_jacobian_every, minimum=0)
     if attention_every is not None:
         _check_count("attention_every", attention_every, minimum=0)
@@ -99,6 +105,7 @@ def attach(
         Delivery(sinks, default_detectors() if detectors is None else detectors, action),
         selected=selected,
         every=every,
+        details_every=details_every,
         attention_every=DEFAULT_ATTENTION_EVERY if attention_every is None else attention_every,
         attention_rows=attention_rows,
         is_attention_required=bool(attention_every),
@@ -147,8 +154,8 @@ def _check_model(model: object) -> None:
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             where = f"`{name}` in `model`" if name else "`model`"
             raise ValueError(
-                f"{where} is compiled, and compiled code cannot be watched yet. Attach to the model without "
-                "torch.compile."
+                f"{where} is compiled already; attach to the model first and compile it then: "
+                "probe = probes.attach(model, ...), compiled = torch.compile(model)."
             )
     if next(model.parameters(), None) is None:
         raise ValueError(f"`model` must have parameters to watch; {type(model).__name__} has none.")

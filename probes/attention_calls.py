@@ -17,9 +17,13 @@ from probes.activations import in_backward
 from probes.delivery import ProbeWarning
 from probes.module_calls import ModuleCalls
 from probes.pending import Pending
-from probes.record import Series
+from probes.record import ROOT_LAYER, Series
+from stability.attention.call import AttentionCall
+from stability.attention.compiled import Place, Tracer
 from stability.attention.interception import observe_attention, observe_softmax
 from stability.attention.seen import SeenAttention, UnseenAttentionError, seen_logits
+
+_NO_CALL = "it makes no attention call that is known, and no softmax"
 
 REPORTED = "stability.attention.report_attention"
 SOFTMAX = "torch.softmax"
@@ -71,6 +75,7 @@ class AttentionCalls:
         unseen: Where it is known to be and cannot be seen, by layer and function.
         step: Optimizer step to measure; None: calls are only listed.
         is_paused: Whether calls are the probe's own and not the model's.
+        tracer: Puts calls into compiled graphs.
     """
 
     def __init__(
@@ -81,7 +86,7 @@ class AttentionCalls:
         rows: int | None,
         guard: Callable[..., None],
     ) -> None:
-        self.sites: dict[tuple[str, int], AttentionSite] = {}
+        self.sites: dict[Place, AttentionSite] = {}
         self.unseen: dict[tuple[str, str], AttentionSite] = {}
         self.step: int | None = None
         self.is_paused = False
@@ -92,18 +97,24 @@ class AttentionCalls:
         self._guard = guard
         self._calls: Counter[str] = Counter()
         self._modules = {name: module for module, name in module_calls.names.items()}
-        # Layers named for attention of which no call is known; whatever is known takes them out.
-        self._unexplained = {
-            name
+        self._softmax_modules = {n for n, module in self._modules.items() if isinstance(module, nn.Softmax)}
+        # Layers named for attention, and those of which no call is known; what is known takes them out.
+        self._named_for_attention = {
+            name: type(module).__name__
             for name, module in self._modules.items()
             if name in selected and _ATTENTION_CLASS.search(type(module).__name__)
         }
-        self._named_for_attention = frozenset(self._unexplained)
+        self._unexplained = set(self._named_for_attention)
         self._reported: set[str] = set()
+        self.tracer = Tracer(self)
+        self._traced_calls: dict[str, int] = {}
+        self._traced_within: dict[str, bool] = {}
+        self._traced_declared: dict[str, bool] = {}
 
     def install(self, handles: ExitStack) -> None:
         """Starts observing; ends when ``handles`` closes."""
-        handles.enter_context(observe_attention(self._see))
+        handles.callback(self.tracer.close)
+        handles.enter_context(observe_attention(self._see, self.tracer))
         handles.enter_context(observe_softmax(self._see_softmax))
 
     def start_forward(self) -> None:
@@ -113,62 +124,50 @@ class AttentionCalls:
     def end_module(self, layer: str) -> None:
         """A module has returned: if it is named for attention, some call should have been seen in it."""
         if layer in self._unexplained:
-            kind = type(self._modules[layer]).__name__
-            self._list_unseen(layer, kind, "it makes no attention call that is known, and no softmax")
+            self.cannot_see(type(self._modules[layer]).__name__, layer, _NO_CALL)
 
-    def _see(self, function: str, read: Callable[[], SeenAttention]) -> None:
+    # The same while torch.compile traces a forward pass, traced itself: plain loops, lists and dictionaries,
+    # which are empty whenever no forward pass is under way, so that graphs are not compiled again for them.
+
+    def trace_end_of_module(self, layer: str) -> None:
+        """See :meth:`end_module`."""
+        if layer in self._named_for_attention and layer not in self._traced_within:
+            self.tracer.trace_unseen(self._named_for_attention[layer], layer, _NO_CALL)
+
+    def trace_end(self) -> None:
+        """What is compiled has been traced."""
+        self._traced_calls.clear()
+        self._traced_within.clear()
+        self._traced_declared.clear()
+
+    def place(self) -> Place | None:
+        """See :class:`~stability.attention.compiled.Watcher`."""
         layer = self._module_calls.current_layer
-        if layer is None or layer not in self._selected or self.is_paused or not torch.is_grad_enabled():
-            return
-        if function == REPORTED:
-            self._reported.add(layer)
-        self._look(layer, function, read)
+        if layer is None or layer not in self._selected or not torch.is_grad_enabled():
+            return None
+        return self._place_in(layer)
 
-    def _see_softmax(self, logits: Tensor) -> None:
-        layer = self._module_calls.current_layer
-        if layer is None or self.is_paused or not torch.is_grad_enabled():
-            return
-        if len(self._module_calls.running) > 1 and isinstance(self._modules[layer], nn.Softmax):
-            layer = self._module_calls.running[-2]
-        if layer not in self._selected or layer in self._reported:
-            return
-        is_attention = layer in self._named_for_attention
-        # Routers and classifiers have [tokens, classes] or [batch, tokens, classes].
-        if logits.dim() == 4 or (is_attention and logits.dim() >= 3):
-            self._look(layer, SOFTMAX, partial(_read_softmax, self._modules[layer], logits))
+    def softmax_place(self, num_axes: int) -> Place | None:
+        """See :class:`~stability.attention.compiled.Watcher`."""
+        layer = self._layer_of_softmax(num_axes)
+        return None if layer is None or layer in self._traced_declared else self._place_in(layer)
 
-    def _look(self, layer: str, function: str, read: Callable[[], SeenAttention]) -> None:
-        if self._calls[layer] and in_backward():
-            return  # activation checkpointing repeats the call; the first one counted
-        index = self._calls[layer]
-        is_listed = (layer, index) in self.sites
-        if is_listed and self.step is None:
-            self._calls[layer] += 1
-            return
-        try:
-            seen = read()
-            site = _site(layer, index, function, seen)
-        except UnseenAttentionError as error:
-            return self._list_unseen(layer, function, str(error))
-        except Exception as error:  # arguments we cannot read must not stop a model that can
-            return self._list_unseen(layer, function, f"its arguments cannot be read: {error!r}")
-        self._calls[layer] += 1
-        if 0 in seen.call.query.shape[:3] or 0 in seen.call.key.shape[:3]:
-            return  # an empty batch
-        if not is_listed:
-            self.sites[layer, index] = site
-            self._unexplained.difference_update(self._module_calls.running)
-        if self.step is not None:
-            self._guard("attention", self._measure, layer, index, seen, self.step)
+    def declared(self, place: Place) -> None:
+        """See :class:`~stability.attention.compiled.Watcher`."""
+        self._traced_declared[place.layer] = True
 
-    def _measure(self, layer: str, index: int, seen: SeenAttention, step: int) -> None:
-        # Each step has its own rows, the same ones in every run.
-        for quantity, summary in seen.statistics(self._rows, seed=step).summarize().items():
-            series = Series(layer, f"attention/{quantity}", call=index, kind=summary.kind)
-            self._pending.add(series, summary.value, summary.standard_error)
-            self._pending.add(series, summary.per_head, summary.per_head_standard_error, per_head=True)
+    def see(self, function: str, place: Place, call: AttentionCall) -> None:
+        """See :class:`~stability.attention.compiled.Watcher`."""
+        if not in_backward():  # activation checkpointing repeats the call
+            self._look_at(place, function, lambda: SeenAttention(call))
 
-    def _list_unseen(self, layer: str, function: str, reason: str) -> None:
+    def see_softmax(self, place: Place, logits: Tensor) -> None:
+        """See :class:`~stability.attention.compiled.Watcher`."""
+        if not in_backward():
+            self._look_at(place, SOFTMAX, partial(_read_softmax, self._modules[place.layer], logits))
+
+    def cannot_see(self, function: str, layer: str, reason: str) -> None:
+        """See :class:`~stability.attention.compiled.Watcher`."""
         self._unexplained.difference_update((*self._module_calls.running, layer))
         if (layer, function) in self.unseen:
             return
@@ -180,8 +179,77 @@ class AttentionCalls:
             stacklevel=2,
         )
 
+    def _place_in(self, layer: str) -> Place:
+        index = self._traced_calls.get(layer, 0)
+        self._traced_calls[layer] = index + 1
+        for name in self._module_calls.running:
+            self._traced_within[name] = True
+        return Place(layer, index)
 
-def _site(layer: str, index: int, function: str, seen: SeenAttention) -> AttentionSite:
+    def _layer_of_softmax(self, num_axes: int) -> str | None:
+        """The layer whose attention a softmax over the last of so many axes is; None: of none."""
+        layer = self._module_calls.current_layer
+        if layer is None or not torch.is_grad_enabled():
+            return None
+        if layer in self._softmax_modules and len(self._module_calls.running) > 1:
+            layer = self._module_calls.running[-2]
+        if layer not in self._selected:
+            return None
+        # Routers and classifiers have [tokens, classes] or [batch, tokens, classes].
+        is_attention = num_axes == 4 or (num_axes >= 3 and layer in self._named_for_attention)
+        return layer if is_attention else None
+
+    def _see(self, function: str, read: Callable[[], SeenAttention]) -> None:
+        layer = self._module_calls.current_layer
+        if layer is None or layer not in self._selected or self.is_paused or not torch.is_grad_enabled():
+            return
+        if function == REPORTED:
+            self._reported.add(layer)
+        self._look(layer, function, read)
+
+    def _see_softmax(self, logits: Tensor) -> None:
+        layer = None if self.is_paused else self._layer_of_softmax(logits.dim())
+        if layer is not None and layer not in self._reported:
+            self._look(layer, SOFTMAX, partial(_read_softmax, self._modules[layer], logits))
+
+    def _look(self, layer: str, function: str, read: Callable[[], SeenAttention]) -> None:
+        if self._calls[layer] and in_backward():
+            return  # activation checkpointing repeats the call; the first one counted
+        self._calls[layer] += self._look_at(Place(layer, self._calls[layer]), function, read)
+
+    def _look_at(self, place: Place, function: str, read: Callable[[], SeenAttention]) -> bool:
+        """Lists the call, and measures it if that is due; returns whether it is seen."""
+        is_listed = place in self.sites
+        if is_listed and self.step is None:
+            return True
+        try:
+            seen = read()
+            site = _site(place, function, seen)
+        except UnseenAttentionError as error:
+            self.cannot_see(function, place.layer, str(error))
+            return False
+        except Exception as error:  # arguments we cannot read must not stop a model that can
+            self.cannot_see(function, place.layer, f"its arguments cannot be read: {error!r}")
+            return False
+        if 0 in seen.call.query.shape[:3] or 0 in seen.call.key.shape[:3]:
+            return True  # an empty batch
+        if not is_listed:
+            self.sites[place] = site
+            self._unexplained.difference_update(self._module_calls.running)
+            self._unexplained -= {name for name in self._unexplained if _contains(name, place.layer)}
+        if self.step is not None:
+            self._guard("attention", self._measure, place, seen, self.step)
+        return True
+
+    def _measure(self, place: Place, seen: SeenAttention, step: int) -> None:
+        # Each step has its own rows, the same ones in every run.
+        for quantity, summary in seen.statistics(self._rows, seed=step).summarize().items():
+            series = Series(place.layer, f"attention/{quantity}", call=place.call, kind=summary.kind)
+            self._pending.add(series, summary.value, summary.standard_error)
+            self._pending.add(series, summary.per_head, summary.per_head_standard_error, per_head=True)
+
+
+def _site(place: Place, function: str, seen: SeenAttention) -> AttentionSite:
     call = seen.call
     if call.query.dim() != 4 or call.key.dim() != 4:
         raise ValueError(
@@ -189,14 +257,18 @@ def _site(layer: str, index: int, function: str, seen: SeenAttention) -> Attenti
             f"and {tuple(call.key.shape)}"
         )
     return AttentionSite(
-        layer,
-        index,
+        place.layer,
+        place.call,
         function,
         call.mechanism,
         call.query.shape[1],
         tuple(call.query.shape),
         tuple(call.key.shape),
     )
+
+
+def _contains(name: str, layer: str) -> bool:
+    return name in (layer, ROOT_LAYER) or layer.startswith(f"{name}.")
 
 
 def _read_softmax(module: nn.Module, logits: Tensor) -> SeenAttention:

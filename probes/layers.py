@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from probes.record import ROOT_LAYER
 
+_CONTAINERS = (nn.ModuleList, nn.Sequential)
+
 
 def layer_names(model: nn.Module) -> dict[nn.Module, str]:
     """Name of every module, in model order; a module registered twice keeps its first name."""
@@ -49,22 +51,36 @@ def parameter_layers(names: dict[nn.Module, str]) -> dict[Tensor, str]:
     return layer_of
 
 
-def activation_layers(names: dict[nn.Module, str], selected: set[str]) -> dict[nn.Module, str]:
-    """Modules whose outputs are watched: those with parameters of their own, and blocks.
+def activation_layers(names: dict[nn.Module, str], selected: set[str]) -> set[str]:
+    """Layers whose outputs are watched: those with parameters of their own, and blocks.
 
     A block is an element of an ``nn.ModuleList`` or ``nn.Sequential``: the residual stream between blocks is
     where an exploding or vanishing gradient can be followed from layer to layer.
     """
-    blocks = {
-        child
-        for module in names
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        for child in module.children()
-    }
+    blocks = {child for module in names if isinstance(module, _CONTAINERS) for child in module.children()}
     return {
-        module: name
+        name
         for module, name in names.items()
         if name in selected
         and (module in blocks or next(module.parameters(recurse=False), None) is not None)
         and not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
     }
+
+
+def outermost_blocks(model: nn.Module) -> set[nn.Module]:
+    """Blocks that lie in no other block, few enough to be looked at in every step.
+
+    Of a model without blocks these are its children, and of one without children the model itself.
+    """
+    return _blocks_in(model) or set(model.children()) or {model}
+
+
+def _blocks_in(module: nn.Module) -> set[nn.Module]:
+    blocks: set[nn.Module] = set()
+    for child in module.children():
+        # A container of containers (the stages of a convolutional network) is looked into.
+        if isinstance(module, _CONTAINERS) and not isinstance(child, _CONTAINERS):
+            blocks.add(child)
+        else:
+            blocks |= _blocks_in(child)
+    return blocks

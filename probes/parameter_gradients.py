@@ -19,8 +19,10 @@ def measure_gradients(
     selected: set[str],
     parameters: Iterable[Tensor],
     grad_scale: Tensor | None = None,
+    *,
+    is_detailed: bool,
 ) -> None:
-    """Adds ``grad_norm``, ``grad_max_abs`` and ``nonfinite_count`` of every selected layer with a gradient.
+    """Adds ``grad_norm``, and in detail ``grad_max_abs`` and ``nonfinite_count``, of every selected layer.
 
     Called from the optimizer's step pre-hook: accumulated gradients are complete by then, and clipping, if
     the training script does any, has already happened. The other layers enter the whole model's norm only.
@@ -32,6 +34,7 @@ def measure_gradients(
         parameters: The parameters of the optimizer that is about to step.
         grad_scale: What a ``GradScaler`` has multiplied the gradients by, where the optimizer takes it out
             itself (fused ones do); None where they are unscaled.
+        is_detailed: Whether to measure more than norms.
     """
     layers, gradients = [], []
     for parameter in parameters:
@@ -44,6 +47,8 @@ def measure_gradients(
             pending.add(Series(layer, "_other_grad_norm"), unscaled)
             continue
         pending.add(Series(layer, "grad_norm"), unscaled)
+        if not is_detailed:
+            continue
         largest = max_abs(gradient)
         pending.add(
             Series(layer, "grad_max_abs"),

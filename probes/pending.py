@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +17,11 @@ GLOBAL_GRAD_NORM = Series(ALL_LAYERS, "grad_norm")
 
 
 class Measurement(NamedTuple):
-    """One tensor on its way to the host: 0-d for a layer, [heads] when ``per_head``."""
+    """One tensor on its way to the host: 0-d for a layer, [heads] when ``per_head``; times ``factor``."""
 
     series: Series
     tensor: Tensor
+    factor: float
     per_head: bool
     is_standard_error: bool
 
@@ -53,15 +54,22 @@ class Pending:
         return taken
 
     def add(
-        self, series: Series, value: Tensor, standard_error: Tensor | None = None, *, per_head: bool = False
+        self,
+        series: Series,
+        value: Tensor,
+        standard_error: Tensor | None = None,
+        *,
+        factor: float = 1.0,
+        per_head: bool = False,
     ) -> None:
         """Adds one measurement; several of one series are joined by their quantity's reduction.
 
-        A series whose quantity begins with an underscore serves ratios only and is not recorded.
+        A series whose quantity begins with an underscore serves ratios only and is not recorded. The factor
+        is applied on the host, where it launches no kernel.
         """
-        self.measurements.append(Measurement(series, value, per_head, is_standard_error=False))
+        self.measurements.append(Measurement(series, value, factor, per_head, False))
         if standard_error is not None:
-            self.measurements.append(Measurement(series, standard_error, per_head, is_standard_error=True))
+            self.measurements.append(Measurement(series, standard_error, factor, per_head, True))
 
     def add_number(self, series: Series, value: float) -> None:
         """Adds a number that is on the host already."""
@@ -79,35 +87,39 @@ class Transfer:
         self.step = step
         self._pending = pending
         # Packed dtype by dtype: converting scalar by scalar would launch one kernel for each.
-        by_device: dict[torch.device, dict[torch.dtype, list[int]]] = {}
+        by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for index, measurement in enumerate(pending.measurements):
             tensor = measurement.tensor
-            by_device.setdefault(tensor.device, {}).setdefault(tensor.dtype, []).append(index)
+            by_kind.setdefault((tensor.device, tensor.dtype), []).append(index)
+        by_device: dict[torch.device, list[list[int]]] = {}
+        for (device, _), group in by_kind.items():
+            by_device.setdefault(device, []).append(group)
         self._copies = []
-        for device, by_dtype in by_device.items():
-            groups = [[pending.measurements[i].tensor for i in group] for group in by_dtype.values()]
-            order = [index for group in by_dtype.values() for index in group]
-            self._copies.append((order, *_copy_to_host(device, groups)))
+        for device, groups in by_device.items():
+            tensors = [[pending.measurements[index].tensor for index in group] for group in groups]
+            order = [index for group in groups for index in group]
+            self._copies.append((order, *_copy_to_host(device, tensors)))
 
     def wait(self) -> StepRecords:
         """The step's records. Waits for the copy if it has not arrived; one step later it has."""
-        values: defaultdict[Series, list[float]] = defaultdict(list)
-        errors: defaultdict[Series, list[float]] = defaultdict(list)
+        values: dict[Series, list[float]] = {}
+        errors: dict[Series, list[float]] = {}
         kinds: dict[Series, Kind] = {}
         for measurement, numbers in zip(self._pending.measurements, self._numbers(), strict=True):
-            # Parts of different kinds (all rows of a short batch, a sample of a long one) are one series.
-            name = measurement.series._replace(kind="exact")
-            if measurement.series.kind != "exact" or name not in kinds:
-                kinds[name] = measurement.series.kind
-            target = errors if measurement.is_standard_error else values
-            if measurement.per_head:
+            series, _, factor, per_head, is_standard_error = measurement
+            if series.kind != "exact":
+                # Parts of different kinds (all rows of a short batch, a sample of a long one) are one series.
+                kind, series = series.kind, _exact(series)
+                for name in (series, *(_of_head(series, head) for head in range(per_head * len(numbers)))):
+                    kinds[name] = kind
+            target = errors if is_standard_error else values
+            if per_head:
                 for head, number in enumerate(numbers):
-                    kinds[name._replace(head=head)] = kinds[name]
-                    target[name._replace(head=head)].append(number)
+                    target.setdefault(_of_head(series, head), []).append(number * factor)
             else:
-                target[name].append(numbers[0])
+                target.setdefault(series, []).append(numbers[0] * factor)
         for series, number in self._pending.numbers:
-            values[series].append(number)
+            values.setdefault(series, []).append(number)
         joined = {
             series: parts[0] if len(parts) == 1 else reduction_of(series.quantity)(parts)
             for series, parts in values.items()
@@ -119,12 +131,12 @@ class Transfer:
         grad_norms = [value for s, value in joined.items() if s.quantity in ("grad_norm", "_other_grad_norm")]
         if grad_norms:
             joined[GLOBAL_GRAD_NORM] = root_sum_of_squares(grad_norms)
-        recorded = {s: value for s, value in joined.items() if not s.quantity.startswith("_")}
+        recorded = {s: value for s, value in joined.items() if s.quantity[0] != "_"}
         # A mean of k parts has the standard error sqrt(Σ e²)/k.
         error_of = {s: root_sum_of_squares(parts) / len(parts) for s, parts in errors.items()}
         return StepRecords(
             self.step,
-            tuple(series._replace(kind=kinds.get(series, "exact")) for series in recorded),
+            tuple(s._replace(kind=kinds[s]) if s in kinds else s for s in recorded),
             np.array(list(recorded.values()), dtype=np.float64),
             np.array([error_of.get(series, math.nan) for series in recorded], dtype=np.float64),
         )
@@ -143,10 +155,21 @@ class Transfer:
         return numbers
 
 
+# Names are made at every step anew; a model has some thousands of them.
+@lru_cache(maxsize=2**16)
+def _exact(series: Series) -> Series:
+    return series._replace(kind="exact")
+
+
+@lru_cache(maxsize=2**16)
+def _of_head(series: Series, head: int) -> Series:
+    return series._replace(head=head)
+
+
 def _copy_to_host(device: torch.device, groups: list[list[Tensor]]) -> tuple[Tensor, torch.cuda.Event | None]:
     """The step's one copy from a device to the host, and the event that marks its arrival."""
     wide = torch.float32 if device.type == "mps" else torch.float64
-    packed = torch.cat([torch.cat([t.detach().reshape(-1) for t in group]).to(wide) for group in groups])
+    packed = torch.cat([torch.cat([t.detach().view(-1) for t in group]).to(wide) for group in groups])
     if device.type != "cuda":
         return packed.to("cpu"), None
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)

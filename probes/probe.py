@@ -14,9 +14,11 @@ from torch.optim import Optimizer
 
 from probes.activations import Activations, in_backward
 from probes.attention_calls import AttentionCalls, AttentionSite
+from probes.compiled_layers import CompiledLayers, What
 from probes.delivery import Delivery, ProbeWarning
+from probes.grad_scaler import observe_grad_scaler
 from probes.layer_jacobians import measure_layer_jacobian
-from probes.layers import activation_layers, parameter_layers
+from probes.layers import activation_layers, outermost_blocks, parameter_layers
 from probes.module_calls import ModuleCalls
 from probes.optimizer_state import OptimizerState
 from probes.parameter_gradients import measure_gradients
@@ -40,6 +42,7 @@ class Probe:
         *,
         selected: set[str],
         every: int,
+        details_every: int,
         attention_every: int,
         attention_rows: int | None,
         is_attention_required: bool,
@@ -48,24 +51,31 @@ class Probe:
         self._optimizers = tuple(optimizers)
         self._delivery = delivery
         self._every = every
+        self._details_every = details_every
         self._attention_every = attention_every
         self._is_attention_required = is_attention_required
         self._layer_jacobian_every = layer_jacobian_every
 
         self._layer_of = parameter_layers(names)
         self._selected = selected
-        self._activation_layers = activation_layers(names, selected)
+        self._detailed_layers = activation_layers(names, selected)
+        blocks = outermost_blocks(next(iter(names)))
+        self._blocks = {names[module] for module in blocks} & self._detailed_layers
+        self._activation_layers: set[str] = set()
         self._pending = Pending()
         self._activations = Activations(self._pending, self._guard)
         self._optimizer_state = OptimizerState(
             {parameter: layer for parameter, layer in self._layer_of.items() if layer in selected}
         )
-        self._module_calls = ModuleCalls(names, self._before_module, self._after_module)
+        self._compiled_layers = CompiledLayers(self._detailed_layers, self._see_compiled)
+        self._module_calls = ModuleCalls(names, self)
         self._attention = AttentionCalls(
             self._pending, self._module_calls, selected, attention_rows, self._guard
         )
 
         self._step = 0
+        self._in_scaler_step = False
+        self._is_optimizer_called = False
         self._stepped: set[Optimizer] = set()
         self._jacobians_measured: set[str] = set()
         self._is_measuring_jacobian = False
@@ -151,6 +161,7 @@ class Probe:
                 self._layer_of,
                 self._selected,
                 self._layer_of,
+                is_detailed=self._is_detailed,
             )
         self._end_step()
 
@@ -201,9 +212,11 @@ class Probe:
         return f"<Probe {state}: step {self._step}, {num_records} records, {len(self.alerts)} alerts>"
 
     def _install(self) -> None:
+        self._handles.callback(self._compiled_layers.close)
         if self._every or self._attention_every or self._layer_jacobian_every:
             self._module_calls.install(self._handles)
             self._attention.install(self._handles)
+        self._handles.enter_context(observe_grad_scaler(self))
         for optimizer in self._optimizers:
             self._handles.callback(optimizer.register_step_pre_hook(self._before_optimizer).remove)
             self._handles.callback(optimizer.register_step_post_hook(self._after_optimizer).remove)
@@ -212,6 +225,9 @@ class Probe:
     def _begin_step(self) -> None:
         """Decides what the step that begins now records."""
         self._is_recorded = _is_due(self._step, self._every)
+        self._is_detailed = self._is_recorded and _is_due(self._step, self._details_every)
+        self._activations.is_detailed = self._is_detailed
+        self._activation_layers = self._detailed_layers if self._is_detailed else self._blocks
         self._is_jacobian_due = _is_due(self._step, self._layer_jacobian_every)
         self._attention.step = self._step if _is_due(self._step, self._attention_every) else None
         self._jacobians_measured.clear()
@@ -224,19 +240,21 @@ class Probe:
         self._begin_step()
         self._delivery.send(step, pending)  # last, since it may raise what the user asked it to
 
-    def _before_module(self, module: nn.Module, name: str, args: tuple) -> None:
+    def before_module(self, module: nn.Module, name: str, args: tuple) -> None:
+        """See :class:`~probes.module_calls.Follower`."""
         if self._is_measuring_jacobian:
             return
         if len(self._module_calls.running) == 1 and not in_backward():  # the outermost call, whatever it is
             self._activations.start_forward()
             self._attention.start_forward()
-        if self._is_recorded and module in self._activation_layers:
+        if self._is_recorded and name in self._activation_layers:
             self._guard(f"inputs of {name}", self._activations.see_input, name, args)
 
-    def _after_module(self, module: nn.Module, name: str, args: tuple, kwargs: dict, output: object) -> None:
+    def after_module(self, module: nn.Module, name: str, args: tuple, kwargs: dict, output: object) -> None:
+        """See :class:`~probes.module_calls.Follower`."""
         if self._is_measuring_jacobian:
             return
-        if self._is_recorded and module in self._activation_layers:
+        if self._is_recorded and name in self._activation_layers:
             self._guard(f"outputs of {name}", self._activations.see_output, name, output)
         self._attention.end_module(name)
         if (
@@ -253,20 +271,82 @@ class Probe:
             finally:
                 self._is_measuring_jacobian = self._attention.is_paused = False
 
+    def trace_before_module(self, name: str, args: tuple) -> None:
+        """See :class:`~probes.module_calls.Follower`."""
+        if self._every:
+            self._compiled_layers.trace_input(name, args)
+
+    def trace_after_module(self, name: str, output: object) -> None:
+        """See :class:`~probes.module_calls.Follower`."""
+        if self._every:
+            self._compiled_layers.trace_output(name, output)
+        self._attention.trace_end_of_module(name)
+
+    def trace_end(self) -> None:
+        """See :class:`~probes.module_calls.Follower`."""
+        self._compiled_layers.trace_end()
+        self._attention.trace_end()
+
+    def _see_compiled(self, what: What, layer: str, call: int, tensor: Tensor) -> None:
+        if not self._is_recorded or layer not in self._activation_layers:
+            return
+        if what != "output":
+            self._guard("gradients", self._measure_compiled_gradient, what, layer, call, tensor)
+        elif not in_backward():  # activation checkpointing runs the layer again
+            self._guard(f"outputs of {layer}", self._activations.measure_output, layer, call, tensor)
+
+    def _measure_compiled_gradient(self, what: What, layer: str, call: int, gradient: Tensor) -> None:
+        if what == "gradient at input":
+            series = [Series(layer, "_input_grad_norm", call=call)]
+        else:
+            has_input = what == "gradient at output, with input"
+            series = self._activations.output_gradient_series(layer, call, has_input=has_input)
+        self._activations.measure_gradient(gradient, series)
+
+    def after_scaling(self, factor: Tensor) -> None:
+        """See :class:`~probes.grad_scaler.GradScalerObserver`."""
+        self._activations.loss_factor = factor
+
+    def before_scaler_step(self, optimizer: Optimizer) -> None:
+        """See :class:`~probes.grad_scaler.GradScalerObserver`."""
+        self._in_scaler_step, self._is_optimizer_called = True, False
+
+    def after_scaler_step(self, optimizer: Optimizer) -> None:
+        """See :class:`~probes.grad_scaler.GradScalerObserver`."""
+        self._in_scaler_step = False
+        if optimizer not in self._optimizers or self._is_optimizer_called:
+            return
+        if self._is_measured(optimizer):
+            self._guard("gradients", self._measure_gradients, optimizer)
+        self._pending.add_number(SKIPPED_STEP, 1.0)
+        self._stepped.add(optimizer)
+        if len(self._stepped) == len(self._optimizers):
+            self._end_step()
+
     def _before_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self._is_optimizer_called = True
         if len(self._stepped | {optimizer}) == len(self._optimizers):  # the step is complete otherwise
             self._check_attention_seen()
         if self._is_measured(optimizer):
             has_closure = _has_closure(args, kwargs)
+            if self._in_scaler_step:
+                # A fused optimizer is called in any case, and told on the device whether to step.
+                found_inf = getattr(optimizer, "found_inf", None)
+                if found_inf is None:
+                    self._pending.add_number(SKIPPED_STEP, 0.0)
+                else:
+                    self._pending.add(SKIPPED_STEP, (found_inf > 0).double())
             if not has_closure:
                 self._guard("gradients", self._measure_gradients, optimizer)
-            self._guard("weights", self._measure_weights, optimizer, has_closure)
+            if self._is_detailed:
+                self._guard("weights", self._measure_weights, optimizer, has_closure)
 
     def _after_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if self._is_measured(optimizer):
             if _has_closure(args, kwargs):  # the closure has just computed the gradients
                 self._guard("gradients", self._measure_gradients, optimizer)
-            self._guard("updates", self._optimizer_state.after, self._pending, optimizer)
+            if self._is_detailed:
+                self._guard("updates", self._optimizer_state.after, self._pending, optimizer)
         self._stepped.add(optimizer)
         if len(self._stepped) == len(self._optimizers):
             self._end_step()
@@ -274,7 +354,14 @@ class Probe:
     def _measure_gradients(self, optimizer: Optimizer) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         grad_scale = getattr(optimizer, "grad_scale", None)  # a GradScaler leaves unscaling to fused steps
-        measure_gradients(self._pending, self._layer_of, self._selected, parameters, grad_scale)
+        measure_gradients(
+            self._pending,
+            self._layer_of,
+            self._selected,
+            parameters,
+            grad_scale,
+            is_detailed=self._is_detailed,
+        )
 
     def _measure_weights(self, optimizer: Optimizer, has_closure: bool) -> None:
         self._optimizer_state.before(self._pending, optimizer, has_closure=has_closure)
@@ -283,12 +370,12 @@ class Probe:
         """Of an optimizer that steps several times before the others do (a critic), the first step counts."""
         return self._is_recorded and optimizer not in self._stepped
 
-    def _guard(self, what: str, measure: Callable[..., None], *arguments: object) -> None:
+    def _guard(self, what: str, measure: Callable[..., None], *arguments: object, **options: object) -> None:
         """Runs a measurement; one that fails is given up with a warning, the training goes on."""
         if what in self._failed:
             return
         try:
-            measure(*arguments)
+            measure(*arguments, **options)
         except Exception as error:
             self._failed.add(what)
             warnings.warn(
@@ -320,6 +407,9 @@ class Probe:
                 "attention that is written by hand with stability.attention.report_attention, or leave "
                 "`attention_every` out for a model without attention."
             )
+
+
+SKIPPED_STEP = Series(ALL_LAYERS, "skipped_step")
 
 
 def _is_due(step: int, every: int) -> bool:

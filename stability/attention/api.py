@@ -16,7 +16,7 @@ Observer = Callable[[AttentionCall], None]
 
 SIGMOID_IMPLEMENTATIONS = {"reference": reference.sigmoid_attention}
 
-_observers: list[Observer] = []
+_observers: list[tuple[Observer, Observer | None]] = []
 
 
 def softmax_attention(
@@ -161,7 +161,7 @@ def sigmoid_attention(
 
 
 @contextmanager
-def observe(callback: Observer) -> Iterator[None]:
+def observe(callback: Observer, trace: Observer | None = None) -> Iterator[None]:
     """Calls `callback` before every attention computation while the context is open.
 
     The callback sees valid calls of this process only, on the thread that makes them. It must not change the
@@ -169,6 +169,7 @@ def observe(callback: Observer) -> Iterator[None]:
 
     Args:
         callback: Receives the :class:`AttentionCall`.
+        trace: Receives it in the callback's stead where ``torch.compile`` traces the call; traced itself.
 
     Yields:
         Nothing.
@@ -179,11 +180,11 @@ def observe(callback: Observer) -> Iterator[None]:
         ...     _ = sigmoid_attention(x, x, x)
         sigmoid (1, 2, 3, 4)
     """
-    _observers.append(callback)
+    _observers.append((callback, trace))
     try:
         yield
     finally:
-        _observers.remove(callback)
+        _observers.remove((callback, trace))
 
 
 def _compute(
@@ -192,8 +193,11 @@ def _compute(
     terms = logit_terms(call)
     check_value(call.key, value)
     check_dropout(dropout_p)
-    for callback in tuple(_observers):
-        callback(call)
+    for callback, trace in tuple(_observers):
+        if not torch.compiler.is_compiling():
+            callback(call)
+        elif trace is not None:
+            trace(call)
     # The inputs already have autocast's dtype; the logits have to stay float32.
     device_type = call.query.device.type
     is_autocast = _is_autocast(device_type)

@@ -14,6 +14,7 @@ from torch import Tensor
 from stability.attention import flash
 from stability.attention.api import _cast_under_autocast, observe
 from stability.attention.call import AttentionCall
+from stability.attention.compiled import Tracer
 from stability.attention.flex import read_flex_attention, read_transformers_flex_attention
 from stability.attention.report import observe_reports
 from stability.attention.seen import SeenAttention, UnseenAttentionError
@@ -24,7 +25,7 @@ SoftmaxObserver = Callable[[Tensor], None]
 
 
 @contextmanager
-def observe_attention(observer: Observer) -> Iterator[None]:
+def observe_attention(observer: Observer, tracer: Tracer | None = None) -> Iterator[None]:
     """Calls ``observer`` before every attention call while the context is open.
 
     Seen are the attention functions of this package and what :func:`stability.attention.report_attention`
@@ -39,6 +40,7 @@ def observe_attention(observer: Observer) -> Iterator[None]:
         observer: Takes the function's name, and ``read()``, which gives the :class:`SeenAttention` or raises:
             :class:`UnseenAttentionError` where the weights cannot be known, anything where the arguments are
             wrong. What the observer raises reaches the caller of the attention function.
+        tracer: Sees the calls of compiled code in the observer's stead; None: they are not seen.
 
     Example:
         >>> import torch
@@ -56,7 +58,20 @@ def observe_attention(observer: Observer) -> Iterator[None]:
     def see_report(call: AttentionCall) -> None:
         observer("stability.attention.report_attention", lambda: SeenAttention(call))
 
-    with observe(see_own), observe_reports(see_report), _watching(_observers, observer):
+    def trace_own(call: AttentionCall) -> None:
+        if tracer is not None:
+            tracer.trace_call(f"stability.{call.mechanism}_attention", SeenAttention, call)
+
+    def trace_report(call: AttentionCall) -> None:
+        if tracer is not None:
+            tracer.trace_report("stability.attention.report_attention", call)
+
+    with (
+        observe(see_own, trace_own),
+        observe_reports(see_report, trace_report),
+        _watching(_observers, observer),
+        _tracing(tracer),
+    ):
         yield
 
 
@@ -85,6 +100,19 @@ def observe_softmax(observer: SoftmaxObserver) -> Iterator[None]:
 
 _observers: list[Observer] = []
 _softmax_observers: list[SoftmaxObserver] = []
+_tracers: list[Tracer] = []
+
+
+@contextmanager
+def _tracing(tracer: Tracer | None) -> Iterator[None]:
+    if tracer is None:
+        yield
+        return
+    _tracers.append(tracer)
+    try:
+        yield
+    finally:
+        _tracers.remove(tracer)
 
 
 @contextmanager
@@ -109,15 +137,33 @@ def _attention(
         for observer in tuple(_observers):
             observer(function, partial(read, *args, **kwargs))
 
-    return Target(module, name, report, untouched)
+    def trace(*args: Any, **kwargs: Any) -> None:
+        for tracer in _tracers:
+            tracer.trace_call(function, read, *args, **kwargs)
+
+    return Target(module, name, report, trace, untouched)
 
 
 def _report_softmax(input: Any, dim: Any = None, *_: Any, **__: Any) -> None:
-    if not _softmax_observers or not isinstance(input, Tensor) or not isinstance(dim, int):
-        return
-    if input.dim() >= 2 and dim in (-1, input.dim() - 1) and input.is_floating_point():
+    if _softmax_observers and _is_over_last_axis(input, dim):
         for observer in tuple(_softmax_observers):
             observer(input)
+
+
+def _trace_softmax(input: Any, dim: Any = None, *_: Any, **__: Any) -> None:
+    if _is_over_last_axis(input, dim):
+        for tracer in _tracers:
+            tracer.trace_softmax(input)
+
+
+def _is_over_last_axis(input: Any, dim: Any) -> bool:
+    return (
+        isinstance(input, Tensor)
+        and isinstance(dim, int)
+        and input.dim() >= 2
+        and dim in (-1, input.dim() - 1)
+        and input.is_floating_point()
+    )
 
 
 def _read_torch_attention(
@@ -194,8 +240,10 @@ _stand_ins = StandIns(
         _attention("flash_attn", "flash_attn_varlen_func", flash.read_flash_attn_varlen),
         _attention("flash_attn", "flash_attn_varlen_qkvpacked_func", flash.read_flash_attn_varlen),
         _attention("flash_attn", "flash_attn_varlen_kvpacked_func", flash.read_flash_attn_varlen),
-        Target("torch", "softmax", _report_softmax),
-        Target("torch", "Tensor.softmax", _report_softmax),  # functional.softmax comes here too
+        Target("torch", "softmax", _report_softmax, _trace_softmax),
+        Target("torch.nn.functional", "softmax", _report_softmax, _trace_softmax),
+        Target("torch", "Tensor.softmax", _report_softmax, _trace_softmax),
     ],
     _transformers_interfaces,
+    opaque=[("torch.nn.functional", "multi_head_attention_forward")],
 )

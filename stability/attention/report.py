@@ -10,7 +10,9 @@ from torch import Tensor
 
 from stability.attention.call import AttentionCall, Mechanism
 
-_observers: list[Callable[[AttentionCall], None]] = []
+Observer = Callable[[AttentionCall], None]
+
+_observers: list[tuple[Observer, Observer]] = []
 
 
 def report_attention(
@@ -54,7 +56,7 @@ def report_attention(
         ...     report_attention(x, x, mechanism="sigmoid")
         sigmoid (1, 2, 3, 4)
     """
-    if not _observers or torch.compiler.is_compiling():
+    if not _observers:
         return
     call = AttentionCall(
         mechanism=mechanism,
@@ -69,15 +71,21 @@ def report_attention(
         bias=bias,
         score_bias=score_bias,
     )
-    for observer in tuple(_observers):
-        observer(call)
+    for observer, trace in tuple(_observers):
+        if torch.compiler.is_compiling():
+            trace(call)
+        else:
+            observer(call)
 
 
 @contextmanager
-def observe_reports(observer: Callable[[AttentionCall], None]) -> Iterator[None]:
-    """Calls ``observer`` with every reported call while the context is open."""
-    _observers.append(observer)
+def observe_reports(observer: Observer, trace: Observer = lambda call: None) -> Iterator[None]:
+    """Calls ``observer`` with every reported call while the context is open.
+
+    Where ``torch.compile`` traces the call, ``trace`` is called in its stead and traced itself.
+    """
+    _observers.append((observer, trace))
     try:
         yield
     finally:
-        _observers.remove(observer)
+        _observers.remove((observer, trace))

@@ -7,6 +7,7 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -26,12 +27,14 @@ class Target(NamedTuple):
         module: Where it lives. Modules that are not imported are left alone.
         name: Its name there: an attribute, or that of a class and its method ("Tensor.softmax").
         report: Called with the arguments of a call before it is made.
+        trace: The same where ``torch.compile`` traces the call; traced itself.
         untouched: Modules that keep the original.
     """
 
     module: str
     name: str
     report: Report
+    trace: Report
     untouched: tuple[str, ...] = ()
 
 
@@ -39,17 +42,24 @@ class StandIns:
     """Puts stand-ins in the place of functions, and the functions back.
 
     A stand-in calls `report` and then the original, with the arguments it was given. Reports are not nested:
-    what a watched function calls in turn, and what reporting itself calls, is not reported. While
-    ``torch.compile`` traces, nothing is.
+    what a watched function calls in turn, and what reporting itself calls, is not reported.
 
     Args:
         targets: What to watch.
         namespaces: Gives dictionaries, beside those of modules, that may hold the functions.
+        opaque: Functions of torch (module, name) that call targets, and that ``torch.compile`` would not
+            trace into.
     """
 
-    def __init__(self, targets: Iterable[Target], namespaces: Callable[[], Iterable[dict[str, Any]]]) -> None:
+    def __init__(
+        self,
+        targets: Iterable[Target],
+        namespaces: Callable[[], Iterable[dict[str, Any]]],
+        opaque: Iterable[tuple[str, str]] = (),
+    ) -> None:
         self._targets = tuple(targets)
         self._namespaces = namespaces
+        self._opaque = tuple(opaque)
         self._is_installed = False
         self._undo: list[Callable[[], None]] = []
 
@@ -58,6 +68,7 @@ class StandIns:
         # torch.compile knows torch's functions as they are when it is first imported, and it must know the
         # originals. Every optimizer imports it when it is made.
         importlib.import_module("torch._dynamo")
+        self._allow_bookkeeping_when_checkpointed()
         self._is_installed = True
         found: dict[int, tuple[Target, Any]] = {}
         for target in self._targets:
@@ -69,8 +80,11 @@ class StandIns:
                 continue
             original = _namespace(module).get(target.name)
             if original is not None:
-                found[id(original)] = (target, self._stand_in(original, target.report))
+                found[id(original)] = (target, self._stand_in(original, target))
                 self._replace(_namespace(module), target.name, found[id(original)][1])
+        for module_name, name in self._opaque:
+            namespace = _namespace(sys.modules[module_name])
+            self._replace(namespace, name, _transparent(namespace[name]))
         for module_name, namespace in self._searched():
             for name, value in list(namespace.items()):
                 # A module-level `torch.compile(function)` is a function that refers to the original.
@@ -81,7 +95,7 @@ class StandIns:
                 target, stand_in = found[id(original)]
                 if module_name not in target.untouched:
                     if is_compiled:
-                        stand_in = self._stand_in(value, target.report)
+                        stand_in = self._stand_in(value, target)
                     self._replace(namespace, name, stand_in)
 
     def remove(self) -> None:
@@ -89,6 +103,14 @@ class StandIns:
         self._is_installed = False
         while self._undo:
             self._undo.pop()()
+
+    def _allow_bookkeeping_when_checkpointed(self) -> None:
+        """What watchers note while a checkpointed function is traced need not be noted when it runs again."""
+        patched = ExitStack()
+        patched.enter_context(
+            torch._dynamo.config.patch("skip_fwd_side_effects_in_bwd_under_checkpoint", True)
+        )
+        self._undo.append(patched.close)
 
     def _searched(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, module in list(sys.modules.items()):
@@ -112,7 +134,7 @@ class StandIns:
         owner = getattr(module, class_name)
         is_own = method in vars(owner)
         original = getattr(owner, method)
-        stand_in = self._stand_in(original, target.report)
+        stand_in = self._stand_in(original, target)
         setattr(owner, method, stand_in)
 
         def undo() -> None:
@@ -125,10 +147,15 @@ class StandIns:
 
         self._undo.append(undo)
 
-    def _stand_in(self, original: Any, report: Report) -> Any:
+    def _stand_in(self, original: Any, target: Target) -> Any:
+        report, trace = target.report, target.trace
+
         @functools.wraps(original)
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or not self._is_installed or _thread.is_inside:
+            if torch.compiler.is_compiling():
+                trace(*args, **kwargs)
+                return original(*args, **kwargs)
+            if not self._is_installed or _thread.is_inside:
                 return original(*args, **kwargs)
             _thread.is_inside = True
             try:
@@ -138,6 +165,24 @@ class StandIns:
                 _thread.is_inside = False
 
         return stand_in
+
+
+def _transparent(function: FunctionType) -> Any:
+    """The function, for ``torch.compile`` as a copy: it knows the original, and would not look inside."""
+    copy = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+
+    @functools.wraps(function)
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return (copy if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return stand_in
 
 
 class _Thread(threading.local):

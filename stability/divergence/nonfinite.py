@@ -10,12 +10,12 @@ from stability.divergence.detector import ALL_LAYERS, Alert, Readings
 
 # In the order of cause: a broken weight breaks the output, that breaks every gradient behind it.
 # Values run forward through the layers, gradients backward: which end of the list is the origin follows.
-_FIRST_LAYER = ("weight_norm", "attention/max_logit", "activation_max_abs", "loss")
+_FIRST_LAYER = ("weight_norm", "attention/max_logit", "activation_rms", "loss")
 _LAST_LAYER = ("activation_grad_norm", "grad_norm")
 _WHAT = {
     "weight_norm": "its weights hold",
     "attention/max_logit": "its attention logits hold",
-    "activation_max_abs": "its output holds",
+    "activation_rms": "its output holds",
     "loss": "the loss is",
     "activation_grad_norm": "the gradient at its output holds",
     "grad_norm": "its gradient holds",
@@ -27,12 +27,13 @@ class NonFiniteDetector:
 
     There is no threshold. Of all layers that are not finite in the same step the origin is named: the first
     in the forward pass for weights and outputs, the last one (where the backward pass enters) for gradients.
-    One alert per episode; a finite step ends it.
+    One alert per episode; a finite step ends it. Gradients of a step that a GradScaler skipped do not count:
+    it tries again with a smaller scale.
 
     Example:
         >>> detector = NonFiniteDetector()
         >>> nan = float("nan")
-        >>> [alert] = detector.update(7, {"activation_max_abs": {"a": 1.0, "b": nan, "c": nan}})
+        >>> [alert] = detector.update(7, {"activation_rms": {"a": 1.0, "b": nan, "c": nan}})
         >>> alert.layer, alert.severity
         ('b', 'divergence')
     """
@@ -56,13 +57,12 @@ class NonFiniteDetector:
         self._in_episode = state["in_episode"]
 
     def _find(self, step: int, readings: Readings) -> Alert | None:
-        for quantity in _FIRST_LAYER + _LAST_LAYER:
+        is_skipped = readings.get("skipped_step", {}).get(ALL_LAYERS, 0.0) > 0
+        for quantity in _FIRST_LAYER + (() if is_skipped else _LAST_LAYER):
             values: Mapping[str, float] = readings.get(quantity, {})
             broken = [(layer, value) for layer, value in values.items() if not math.isfinite(value)]
             if quantity == "attention/max_logit":  # −inf: no row had a key
                 broken = [(layer, value) for layer, value in broken if value != -math.inf]
-            if quantity == "activation_grad_norm" and _is_finite(readings.get("grad_norm", {})):
-                continue  # a pass whose update a GradScaler skipped, to try again with a smaller scale
             # The whole model's value names no layer; it counts where nothing more precise is recorded.
             layer_known = [item for item in broken if item[0] != ALL_LAYERS] or broken
             if layer_known:
@@ -72,7 +72,3 @@ class NonFiniteDetector:
                 )
                 return Alert(step, layer, quantity, "divergence", value, None, reason)
         return None
-
-
-def _is_finite(values: Mapping[str, float]) -> bool:
-    return bool(values) and all(map(math.isfinite, values.values()))

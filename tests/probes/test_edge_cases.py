@@ -134,11 +134,29 @@ def test_a_fused_step_unscales_and_so_does_the_record() -> None:
     assert values_of(probe, "grad_max_abs", "(root)") == [pytest.approx(4.0)]
 
 
-def test_a_step_that_a_scaler_skips_is_no_divergence() -> None:
-    finite = {"grad_norm": {"a": 1.0}, "activation_grad_norm": {"a": math.inf}}
-    assert NonFiniteDetector().update(0, finite) == []
-    broken = {"grad_norm": {"a": math.nan}, "activation_grad_norm": {"a": math.inf}}
-    assert len(NonFiniteDetector().update(0, broken)) == 1
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skips_is_marked_and_no_divergence(fused: bool) -> None:
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with probes.attach(model, optimizer) as probe:
+        for factor in (1.0, math.inf, 1.0):
+            scaler.scale(model(torch.tensor([[3.0, 4.0]])).sum() * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert values_of(probe, "skipped_step", "(all)") == [0.0, 1.0, 0.0]
+    assert values_of(probe, "grad_norm", "0") == [5.0, math.inf, 5.0]
+    assert values_of(probe, "activation_grad_norm", "0") == [1.0, math.inf, 1.0]  # not of the scaled loss
+    assert probe.alerts == []
+    assert torch.amp.GradScaler.step.__qualname__ == "GradScaler.step"
+    assert not hasattr(torch.amp.GradScaler.step, "__wrapped__")
+
+
+def test_weights_that_are_not_finite_are_a_divergence_though_steps_are_skipped() -> None:
+    skipped = {"skipped_step": {"(all)": 1.0}, "grad_norm": {"a": math.nan}, "activation_rms": {"a": 1.0}}
+    assert NonFiniteDetector().update(0, skipped) == []
+    assert len(NonFiniteDetector().update(0, {**skipped, "activation_rms": {"a": math.nan}})) == 1
 
 
 def test_rows_without_keys_are_no_divergence() -> None:

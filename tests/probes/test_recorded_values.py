@@ -62,7 +62,7 @@ def test_a_linear_model_against_derivatives_by_hand() -> None:
 def test_adam_update_rms_is_that_of_the_bias_corrected_second_moment() -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
-    with probes.attach(model, optimizer) as probe:
+    with probes.attach(model, optimizer, details_every=1) as probe:
         train(model, lambda: torch.rand(4, 3), optimizer, steps=3)
         model(torch.rand(4, 3)).sum().backward()
         gradients = [parameter.grad.clone() for parameter in model.parameters()]

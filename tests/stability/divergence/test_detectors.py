@@ -26,12 +26,12 @@ class TestNonFinite:
         [
             # A broken weight explains everything after it.
             (
-                {"weight_norm": {"a": 1, "b": NAN}, "activation_max_abs": {"a": 1, "b": NAN}},
+                {"weight_norm": {"a": 1, "b": NAN}, "activation_rms": {"a": 1, "b": NAN}},
                 "b",
                 "weight_norm",
             ),
             # Outputs break forward: the first one is the origin.
-            ({"activation_max_abs": {"a": 1, "b": math.inf, "c": NAN}}, "b", "activation_max_abs"),
+            ({"activation_rms": {"a": 1, "b": math.inf, "c": NAN}}, "b", "activation_rms"),
             # Gradients break backward: the last one is.
             ({"grad_norm": {"a": NAN, "b": NAN, "c": 1, "(all)": NAN}}, "b", "grad_norm"),
             ({"activation_grad_norm": {"a": NAN, "b": 1}}, "a", "activation_grad_norm"),
