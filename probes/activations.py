@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from probes.pending import Pending
 from probes.record import Series
+from stability.module_calls import in_backward
 from stability.norms import max_abs, tensor_norms
 
 
@@ -115,11 +116,6 @@ class Activations:
     def _is_recomputed(self, layer: str) -> bool:
         """Activation checkpointing runs a layer again inside the backward pass; its first run counts."""
         return self._calls[layer] > 0 and in_backward()
-
-
-def in_backward() -> bool:
-    """Whether autograd is running the backward pass on this thread."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def floating_tensors(value: object) -> Iterator[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -13,20 +12,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from probes.activations import in_backward
 from probes.delivery import ProbeWarning
-from probes.module_calls import ModuleCalls
 from probes.pending import Pending
 from probes.record import Series
+from stability.attention.by_hand import is_attention_softmax, is_named_for_attention
 from stability.attention.interception import observe_attention, observe_softmax
 from stability.attention.seen import SeenAttention, UnseenAttentionError, seen_logits
+from stability.module_calls import ModuleCalls, in_backward
 
 REPORTED = "stability.attention.report_attention"
 SOFTMAX = "torch.softmax"
 
-# Modules that compute attention themselves are named for it, and so are wrappers around them; what only
-# prepares or projects (AttentionOutput, AttentionMask) has another ending.
-_ATTENTION_CLASS = re.compile(r"(attention|attn|mha|mhsa)(block|layer)?(v?\d+d?)?$", re.IGNORECASE)
 _HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 
 
@@ -96,9 +92,8 @@ class AttentionCalls:
         self._unexplained = {
             name
             for name, module in self._modules.items()
-            if name in selected and _ATTENTION_CLASS.search(type(module).__name__)
+            if name in selected and is_named_for_attention(module)
         }
-        self._named_for_attention = frozenset(self._unexplained)
         self._reported: set[str] = set()
 
     def install(self, handles: ExitStack) -> None:
@@ -132,9 +127,7 @@ class AttentionCalls:
             layer = self._module_calls.running[-2]
         if layer not in self._selected or layer in self._reported:
             return
-        is_attention = layer in self._named_for_attention
-        # Routers and classifiers have [tokens, classes] or [batch, tokens, classes].
-        if logits.dim() == 4 or (is_attention and logits.dim() >= 3):
+        if is_attention_softmax(self._modules[layer], logits):
             self._look(layer, SOFTMAX, partial(_read_softmax, self._modules[layer], logits))
 
     def _look(self, layer: str, function: str, read: Callable[[], SeenAttention]) -> None:
@@ -155,7 +148,7 @@ class AttentionCalls:
         self._calls[layer] += 1
         if 0 in seen.call.query.shape[:3] or 0 in seen.call.key.shape[:3]:
             return  # an empty batch
-        if not is_listed:
+        if not is_listed or self.sites[layer, index].mechanism != site.mechanism:  # it was replaced since
             self.sites[layer, index] = site
             self._unexplained.difference_update(self._module_calls.running)
         if self.step is not None:

@@ -9,21 +9,22 @@ from numbers import Real
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from probes.activations import Activations, in_backward
+from probes.activations import Activations
 from probes.attention_calls import AttentionCalls, AttentionSite
 from probes.delivery import Delivery, ProbeWarning
 from probes.layer_jacobians import measure_layer_jacobian
 from probes.layers import activation_layers, parameter_layers
-from probes.module_calls import ModuleCalls
 from probes.optimizer_state import OptimizerState
 from probes.parameter_gradients import measure_gradients
 from probes.pending import Pending
 from probes.quantities import QUANTITIES
 from probes.record import ALL_LAYERS, Record, Series
 from stability.divergence import Alert
+from stability.module_calls import ModuleCalls, in_backward
 
 
 class Probe:
@@ -225,7 +226,7 @@ class Probe:
         self._delivery.send(step, pending)  # last, since it may raise what the user asked it to
 
     def _before_module(self, module: nn.Module, name: str, args: tuple) -> None:
-        if self._is_measuring_jacobian:
+        if self._is_measuring_jacobian or not torch.is_grad_enabled():  # validation is not recorded
             return
         if len(self._module_calls.running) == 1 and not in_backward():  # the outermost call, whatever it is
             self._activations.start_forward()
@@ -234,7 +235,7 @@ class Probe:
             self._guard(f"inputs of {name}", self._activations.see_input, name, args)
 
     def _after_module(self, module: nn.Module, name: str, args: tuple, kwargs: dict, output: object) -> None:
-        if self._is_measuring_jacobian:
+        if self._is_measuring_jacobian or not torch.is_grad_enabled() or output is None:
             return
         if self._is_recorded and module in self._activation_layers:
             self._guard(f"outputs of {name}", self._activations.see_output, name, output)

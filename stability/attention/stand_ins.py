@@ -1,4 +1,4 @@
-"""Functions of other packages replaced, wherever modules hold them, by stand-ins that report each call."""
+"""Attention functions replaced, wherever modules hold them, by stand-ins that report each call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-Report = Callable[..., None]
+# Given the arguments of a call, what to compute in its place, or None to leave it.
+Report = Callable[..., Callable[[], Any] | None]
 
 # Torch's own modules look the public functions up when they call; what else they hold must stay as it is
 # (operator tables, compiled code), and this package must not report itself.
@@ -25,7 +26,7 @@ class Target(NamedTuple):
     Attributes:
         module: Where it lives. Modules that are not imported are left alone.
         name: Its name there: an attribute, or that of a class and its method ("Tensor.softmax").
-        report: Called with the arguments of a call before it is made.
+        report: Called with the arguments of a call before it is made; what it returns is called instead.
         untouched: Modules that keep the original.
     """
 
@@ -38,8 +39,9 @@ class Target(NamedTuple):
 class StandIns:
     """Puts stand-ins in the place of functions, and the functions back.
 
-    A stand-in calls `report` and then the original, with the arguments it was given. Reports are not nested:
-    what a watched function calls in turn, and what reporting itself calls, is not reported. While
+    A stand-in calls `report` and then the original, with the arguments it was given, or what `report` gives
+    in its place. Reports are not nested: what a watched function calls in turn, and what reporting itself
+    calls, is not reported. While
     ``torch.compile`` traces, nothing is.
 
     Args:
@@ -132,8 +134,8 @@ class StandIns:
                 return original(*args, **kwargs)
             _thread.is_inside = True
             try:
-                report(*args, **kwargs)
-                return original(*args, **kwargs)
+                instead = report(*args, **kwargs)
+                return original(*args, **kwargs) if instead is None else instead()
             finally:
                 _thread.is_inside = False
 

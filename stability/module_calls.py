@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from probes.record import ROOT_LAYER
+# What belongs to the outermost module itself, whose own name is empty.
+ROOT_LAYER = "(root)"
 
 Before = Callable[[nn.Module, str, tuple], None]
 After = Callable[[nn.Module, str, tuple, dict, object], None]
@@ -25,16 +26,18 @@ After = Callable[[nn.Module, str, tuple, dict, object], None]
 class ModuleCalls(threading.local):
     """Names the innermost running module, and tells observers when modules of the model start and end.
 
-    Forward passes under ``torch.no_grad`` (validation) and those of other models are not reported.
+    Forward passes of other models are not reported.
 
     Args:
         names: Name of every module of the model.
         before: Called with (module, name, args) when a module starts.
-        after: Called with (module, name, args, kwargs, output) when it has returned.
+        after: Called with (module, name, args, kwargs, output) when it has returned. Where it raised, torch
+            leaves out the keyword arguments and gives None as the output.
 
     Attributes:
         names: As given.
         running: Names of the running modules, outermost first.
+        num_others: How many modules of other models are running.
     """
 
     def __init__(self, names: dict[nn.Module, str], before: Before, after: After) -> None:
@@ -42,6 +45,7 @@ class ModuleCalls(threading.local):
         self._before = before
         self._after = after
         self.running: list[str] = []
+        self.num_others = 0
 
     @property
     def current_layer(self) -> str | None:
@@ -55,27 +59,44 @@ class ModuleCalls(threading.local):
         handles.callback(register_module_forward_hook(self._end, with_kwargs=True, always_call=True).remove)
 
     def _start(self, module: nn.Module, args: tuple) -> None:
+        if is_being_traced():
+            return
         name = self.names.get(module)
-        if name is None or _is_being_traced():
+        if name is None:
+            self.num_others += 1
             return
         if name == ROOT_LAYER:
             self.running.clear()  # a KeyboardInterrupt skips always_call hooks
         self.running.append(name)
-        if torch.is_grad_enabled():
-            self._before(module, name, args)
+        self._before(module, name, args)
 
     def _end(self, module: nn.Module, args: tuple, *kwargs_and_output: Any) -> None:
-        # Where the module raised, torch leaves out the keyword arguments and gives None as the output.
         kwargs, output = kwargs_and_output if len(kwargs_and_output) == 2 else ({}, None)
         name = self.names.get(module)
-        if name is None or name not in self.running:
+        if name is None:
+            self.num_others = max(0, self.num_others - 1)
+        if name not in self.running:
             return
         while self.running.pop() != name:
             pass
-        if output is not None and torch.is_grad_enabled():
-            self._after(module, name, args, kwargs, output)
+        self._after(module, name, args, kwargs, output)
 
 
-def _is_being_traced() -> bool:
+def layer_names(model: nn.Module) -> dict[nn.Module, str]:
+    """Name of every module, in model order; a module registered twice keeps its first name."""
+    return {module: name or ROOT_LAYER for name, module in model.named_modules()}
+
+
+def in_backward() -> bool:
+    """Whether autograd is running the backward pass on this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calling the module runs compiled code."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def is_being_traced() -> bool:
     """Whether the forward pass is recorded for a compiler or an export, which measurements must not enter."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
