@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from probes.pending import Pending
 from probes.record import Series
+from stability.module_calls import in_backward
 from stability.norms import max_abs, tensor_norms
 
 
@@ -137,11 +137,6 @@ class Activations:
     def _is_recomputed(self, layer: str) -> bool:
         """Activation checkpointing runs a layer again inside the backward pass; its first run counts."""
         return self._calls[layer] > 0 and in_backward()
-
-
-def in_backward() -> bool:
-    """Whether autograd is running the backward pass on this thread."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def floating_tensors(value: object) -> Iterator[Tensor]:

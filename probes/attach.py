@@ -11,11 +11,12 @@ from torch.optim import Optimizer
 
 from probes.alerts import AlertAction, OnDivergence
 from probes.delivery import Delivery
-from probes.layers import layer_names, select_layers
+from probes.layers import select_layers
 from probes.probe import Probe
 from probes.sinks.sink import Sink
 from probes.sinks.tensorboard import TensorBoardSink
 from stability.divergence import Detector, default_detectors
+from stability.module_calls import layer_names
 
 _open_probes: dict[nn.Module, Probe] = {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -13,24 +12,21 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from probes.activations import in_backward
 from probes.delivery import ProbeWarning
-from probes.module_calls import ModuleCalls
 from probes.pending import Pending
-from probes.record import ROOT_LAYER, Series
+from probes.record import Series
+from stability.attention.by_hand import is_attention_softmax, is_named_for_attention
 from stability.attention.call import AttentionCall
 from stability.attention.compiled import Place, Tracer
 from stability.attention.interception import observe_attention, observe_softmax
 from stability.attention.seen import SeenAttention, UnseenAttentionError, seen_logits
+from stability.module_calls import ROOT_LAYER, ModuleCalls, in_backward
 
 _NO_CALL = "it makes no attention call that is known, and no softmax"
 
 REPORTED = "stability.attention.report_attention"
 SOFTMAX = "torch.softmax"
 
-# Modules that compute attention themselves are named for it, and so are wrappers around them; what only
-# prepares or projects (AttentionOutput, AttentionMask) has another ending.
-_ATTENTION_CLASS = re.compile(r"(attention|attn|mha|mhsa)(block|layer)?(v?\d+d?)?$", re.IGNORECASE)
 _HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 
 
@@ -102,7 +98,7 @@ class AttentionCalls:
         self._named_for_attention = {
             name: type(module).__name__
             for name, module in self._modules.items()
-            if name in selected and _ATTENTION_CLASS.search(type(module).__name__)
+            if name in selected and is_named_for_attention(module)
         }
         self._unexplained = set(self._named_for_attention)
         self._reported: set[str] = set()
@@ -129,8 +125,11 @@ class AttentionCalls:
     # The same while torch.compile traces a forward pass, traced itself: plain loops, lists and dictionaries,
     # which are empty whenever no forward pass is under way, so that graphs are not compiled again for them.
 
-    def trace_end_of_module(self, layer: str) -> None:
-        """See :meth:`end_module`."""
+    def trace_start(self, layer: str, args: tuple) -> None:
+        """See :class:`~stability.module_calls.ModuleTracer`."""
+
+    def trace_return(self, layer: str, output: object) -> None:
+        """See :class:`~stability.module_calls.ModuleTracer`."""
         if layer in self._named_for_attention and layer not in self._traced_within:
             self.tracer.trace_unseen(self._named_for_attention[layer], layer, _NO_CALL)
 
@@ -195,8 +194,7 @@ class AttentionCalls:
             layer = self._module_calls.running[-2]
         if layer not in self._selected:
             return None
-        # Routers and classifiers have [tokens, classes] or [batch, tokens, classes].
-        is_attention = num_axes == 4 or (num_axes >= 3 and layer in self._named_for_attention)
+        is_attention = is_attention_softmax(num_axes, is_named=layer in self._named_for_attention)
         return layer if is_attention else None
 
     def _see(self, function: str, read: Callable[[], SeenAttention]) -> None:
@@ -233,7 +231,7 @@ class AttentionCalls:
             return False
         if 0 in seen.call.query.shape[:3] or 0 in seen.call.key.shape[:3]:
             return True  # an empty batch
-        if not is_listed:
+        if not is_listed or self.sites[place].mechanism != site.mechanism:  # it was replaced since
             self.sites[place] = site
             self._unexplained.difference_update(self._module_calls.running)
             self._unexplained -= {name for name in self._unexplained if _contains(name, place.layer)}

@@ -13,9 +13,9 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 from probes.activations import floating_tensors
+from stability.effectful import keep_in_graphs
 
 What = Literal["output", "gradient at output", "gradient at output, with input", "gradient at input"]
 Receiver = Callable[[What, str, int, Tensor], None]
@@ -46,7 +46,7 @@ class CompiledLayers:
         """Forgets the receiver."""
         _receivers.pop(self._number, None)
 
-    def trace_input(self, layer: str, inputs: object) -> None:
+    def trace_start(self, layer: str, inputs: object) -> None:
         """Puts the gradient at a layer's first input into the graph."""
         if layer not in self._layers:
             return
@@ -55,7 +55,7 @@ class CompiledLayers:
         if tensor is not None and tensor.requires_grad:
             _show_gradient(tensor, self._number, "gradient at input", layer, self._calls.get(layer, 0))
 
-    def trace_output(self, layer: str, output: object) -> None:
+    def trace_return(self, layer: str, output: object) -> None:
         """Puts a layer's first output, and the gradient there, into the graph."""
         tensor = next(floating_tensors(output), None)
         if layer not in self._layers or tensor is None:
@@ -87,5 +87,4 @@ def _show(tensor: Tensor, number: int, what: str, layer: str, call: int) -> None
         _receivers[number](known, layer, call, tensor)
 
 
-_show.register_fake(lambda *_: None)
-_register_effectful_op(_show, _EffectType.ORDERED)
+keep_in_graphs(_show)

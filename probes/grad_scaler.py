@@ -7,38 +7,39 @@ While somebody observes, two methods of the class report before they do what the
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 
-class GradScalerObserver(Protocol):
-    """Who wants to know."""
-
-    def after_scaling(self, factor: Tensor) -> None:
-        """A loss has been multiplied by the factor (0-d, on its device, changed in place later)."""
-        ...
-
-    def before_scaler_step(self, optimizer: Optimizer) -> None:
-        """The scaler is about to decide whether the optimizer steps."""
-        ...
-
-    def after_scaler_step(self, optimizer: Optimizer) -> None:
-        """The optimizer has stepped or not."""
-        ...
+class _Observer(NamedTuple):
+    after_scaling: Callable[[Tensor], None]
+    before_step: Callable[[Optimizer], None]
+    after_step: Callable[[Optimizer], None]
 
 
-_observers: list[GradScalerObserver] = []
+_observers: list[_Observer] = []
 _originals: dict[str, Any] = {}
 
 
 @contextmanager
-def observe_grad_scaler(observer: GradScalerObserver) -> Iterator[None]:
-    """Tells ``observer`` of every scaler in the process while the context is open."""
+def observe_grad_scaler(
+    after_scaling: Callable[[Tensor], None],
+    before_step: Callable[[Optimizer], None],
+    after_step: Callable[[Optimizer], None],
+) -> Iterator[None]:
+    """Tells of every scaler in the process while the context is open.
+
+    Args:
+        after_scaling: Called with the factor on a loss: 0-d, on its device, changed in place later.
+        before_step: Called with the optimizer before a scaler decides whether it steps.
+        after_step: Called when it has stepped, or has not.
+    """
+    observer = _Observer(after_scaling, before_step, after_step)
     if not _observers:
         _originals.update(scale=GradScaler.scale, step=GradScaler.step)
         GradScaler.scale, GradScaler.step = _reporting_scale(), _reporting_step()  # type: ignore[method-assign]
@@ -74,10 +75,10 @@ def _reporting_step() -> Any:
         if not self.is_enabled():
             return original(self, optimizer, *args, **kwargs)
         for observer in tuple(_observers):
-            observer.before_scaler_step(optimizer)
+            observer.before_step(optimizer)
         result = original(self, optimizer, *args, **kwargs)
         for observer in tuple(_observers):
-            observer.after_scaler_step(optimizer)
+            observer.after_step(optimizer)
         return result
 
     return step

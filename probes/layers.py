@@ -1,4 +1,4 @@
-"""Which module is called what, and which modules a pattern selects."""
+"""Which layers a pattern selects, and which of them parameters and activations belong to."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from probes.record import ROOT_LAYER
-
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
-
-
-def layer_names(model: nn.Module) -> dict[nn.Module, str]:
-    """Name of every module, in model order; a module registered twice keeps its first name."""
-    return {module: name or ROOT_LAYER for name, module in model.named_modules()}
 
 
 def select_layers(names: Iterable[str], patterns: str | Sequence[str]) -> set[str]:

@@ -9,23 +9,24 @@ from numbers import Real
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from probes.activations import Activations, in_backward
+from probes.activations import Activations
 from probes.attention_calls import AttentionCalls, AttentionSite
 from probes.compiled_layers import CompiledLayers, What
 from probes.delivery import Delivery, ProbeWarning
 from probes.grad_scaler import observe_grad_scaler
 from probes.layer_jacobians import measure_layer_jacobian
 from probes.layers import activation_layers, outermost_blocks, parameter_layers
-from probes.module_calls import ModuleCalls
 from probes.optimizer_state import OptimizerState
 from probes.parameter_gradients import measure_gradients
 from probes.pending import Pending
 from probes.quantities import QUANTITIES
 from probes.record import ALL_LAYERS, Record, Series
 from stability.divergence import Alert
+from stability.module_calls import ModuleCalls, in_backward
 
 
 class Probe:
@@ -67,11 +68,12 @@ class Probe:
         self._optimizer_state = OptimizerState(
             {parameter: layer for parameter, layer in self._layer_of.items() if layer in selected}
         )
-        self._compiled_layers = CompiledLayers(self._detailed_layers, self._see_compiled)
-        self._module_calls = ModuleCalls(names, self)
+        self._compiled_layers = CompiledLayers(self._detailed_layers if every else set(), self._see_compiled)
+        self._module_calls = ModuleCalls(names, self._before_module, self._after_module)
         self._attention = AttentionCalls(
             self._pending, self._module_calls, selected, attention_rows, self._guard
         )
+        self._module_calls.tracers = (self._compiled_layers, self._attention)
 
         self._step = 0
         self._in_scaler_step = False
@@ -216,7 +218,9 @@ class Probe:
         if self._every or self._attention_every or self._layer_jacobian_every:
             self._module_calls.install(self._handles)
             self._attention.install(self._handles)
-        self._handles.enter_context(observe_grad_scaler(self))
+        self._handles.enter_context(
+            observe_grad_scaler(self._after_scaling, self._before_scaler_step, self._after_scaler_step)
+        )
         for optimizer in self._optimizers:
             self._handles.callback(optimizer.register_step_pre_hook(self._before_optimizer).remove)
             self._handles.callback(optimizer.register_step_post_hook(self._after_optimizer).remove)
@@ -240,9 +244,8 @@ class Probe:
         self._begin_step()
         self._delivery.send(step, pending)  # last, since it may raise what the user asked it to
 
-    def before_module(self, module: nn.Module, name: str, args: tuple) -> None:
-        """See :class:`~probes.module_calls.Follower`."""
-        if self._is_measuring_jacobian:
+    def _before_module(self, module: nn.Module, name: str, args: tuple) -> None:
+        if self._is_measuring_jacobian or not torch.is_grad_enabled():  # validation is not recorded
             return
         if len(self._module_calls.running) == 1 and not in_backward():  # the outermost call, whatever it is
             self._activations.start_forward()
@@ -250,9 +253,8 @@ class Probe:
         if self._is_recorded and name in self._activation_layers:
             self._guard(f"inputs of {name}", self._activations.see_input, name, args)
 
-    def after_module(self, module: nn.Module, name: str, args: tuple, kwargs: dict, output: object) -> None:
-        """See :class:`~probes.module_calls.Follower`."""
-        if self._is_measuring_jacobian:
+    def _after_module(self, module: nn.Module, name: str, args: tuple, kwargs: dict, output: object) -> None:
+        if self._is_measuring_jacobian or not torch.is_grad_enabled() or output is None:
             return
         if self._is_recorded and name in self._activation_layers:
             self._guard(f"outputs of {name}", self._activations.see_output, name, output)
@@ -271,22 +273,6 @@ class Probe:
             finally:
                 self._is_measuring_jacobian = self._attention.is_paused = False
 
-    def trace_before_module(self, name: str, args: tuple) -> None:
-        """See :class:`~probes.module_calls.Follower`."""
-        if self._every:
-            self._compiled_layers.trace_input(name, args)
-
-    def trace_after_module(self, name: str, output: object) -> None:
-        """See :class:`~probes.module_calls.Follower`."""
-        if self._every:
-            self._compiled_layers.trace_output(name, output)
-        self._attention.trace_end_of_module(name)
-
-    def trace_end(self) -> None:
-        """See :class:`~probes.module_calls.Follower`."""
-        self._compiled_layers.trace_end()
-        self._attention.trace_end()
-
     def _see_compiled(self, what: What, layer: str, call: int, tensor: Tensor) -> None:
         if not self._is_recorded or layer not in self._activation_layers:
             return
@@ -303,16 +289,13 @@ class Probe:
             series = self._activations.output_gradient_series(layer, call, has_input=has_input)
         self._activations.measure_gradient(gradient, series)
 
-    def after_scaling(self, factor: Tensor) -> None:
-        """See :class:`~probes.grad_scaler.GradScalerObserver`."""
+    def _after_scaling(self, factor: Tensor) -> None:
         self._activations.loss_factor = factor
 
-    def before_scaler_step(self, optimizer: Optimizer) -> None:
-        """See :class:`~probes.grad_scaler.GradScalerObserver`."""
+    def _before_scaler_step(self, optimizer: Optimizer) -> None:
         self._in_scaler_step, self._is_optimizer_called = True, False
 
-    def after_scaler_step(self, optimizer: Optimizer) -> None:
-        """See :class:`~probes.grad_scaler.GradScalerObserver`."""
+    def _after_scaler_step(self, optimizer: Optimizer) -> None:
         self._in_scaler_step = False
         if optimizer not in self._optimizers or self._is_optimizer_called:
             return

@@ -10,10 +10,7 @@ import numpy as np
 from stability.attention.summary import Kind
 from stability.divergence import ALL_LAYERS
 
-__all__ = ["ALL_LAYERS", "ROOT_LAYER", "Kind", "Record", "Series", "StepRecords"]
-
-# Parameters and attention calls that belong to the outermost module itself, whose own name is empty.
-ROOT_LAYER = "(root)"
+__all__ = ["ALL_LAYERS", "Kind", "Record", "Series", "StepRecords"]
 
 
 class Series(NamedTuple):

@@ -1,6 +1,7 @@
 """The mathematics of training stability: attention mechanisms, their Jacobians, bounds and divergence."""
 
 from stability.attention import AttentionCall, sigmoid_attention, softmax_attention
+from stability.attention.replacement import replace_attention
 from stability.attention.statistics import AttentionStatistics, attention_statistics
 from stability.bounds import (
     SIGMOID_DERIVATIVE_BOUND,
@@ -32,6 +33,7 @@ __all__ = [
     "LayerJacobianNorms",
     "attention_statistics",
     "layer_jacobian_norms",
+    "replace_attention",
     "sigmoid_attention",
     "sigmoid_jacobian",
     "sigmoid_jacobian_norms",

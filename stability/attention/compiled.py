@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 from stability.attention.call import AttentionCall, Mechanism
 from stability.attention.seen import SeenAttention, UnseenAttentionError
+from stability.effectful import keep_in_graphs
 
 
 class Place(NamedTuple):
@@ -66,6 +66,7 @@ class Tracer:
     """
 
     def __init__(self, watcher: Watcher) -> None:
+        torch.compiler.assume_constant_result(_cannot_see)  # it runs while the graph is traced
         self._watcher = watcher
         self._number = next(_numbers)
         _watchers[self._number] = watcher
@@ -136,7 +137,6 @@ _numbers = itertools.count()
 _IS_FUNCTION = "its mask or score modification is a function, which cannot be evaluated in compiled code"
 
 
-@torch._dynamo.assume_constant_result  # runs while the graph is traced
 def _cannot_see(number: int, function: str, layer: str, reason: str) -> None:
     _watchers[number].cannot_see(function, layer, reason)
 
@@ -189,6 +189,5 @@ def _attention_logits(logits: Tensor, number: int, layer: str, index: int) -> No
         _watchers[number].see_softmax(Place(layer, index), logits)
 
 
-for _operator in (_attention_call, _attention_logits):
-    _operator.register_fake(lambda *_: None)
-    _register_effectful_op(_operator, _EffectType.ORDERED)
+keep_in_graphs(_attention_call)
+keep_in_graphs(_attention_logits)

@@ -39,19 +39,11 @@ def read_flex_attention(
     @torch.no_grad()
     def row_logits(rows: Tensor) -> Tensor:
         logits = scaled_products(call, rows)
-        batch, heads, _, tokens_k = logits.shape
-        device = logits.device
-        positions = (
-            torch.arange(batch, device=device),
-            torch.arange(heads, device=device),
-            rows,
-            torch.arange(tokens_k, device=device),
-        )
+        positions = _positions(call, rows)
         if score_mod is not None:
             logits = _over_positions(score_mod, (0,))(logits, *positions).to(logits.dtype)
         if mask_mod is not None:
-            allowed = _over_positions(mask_mod, ())(*positions)
-            logits = logits.masked_fill(~allowed, NEGATIVE_INFINITY)
+            logits = logits.masked_fill(~allowed_keys(call, mask_mod, rows), NEGATIVE_INFINITY)
         return logits
 
     return SeenAttention(call, row_logits)
@@ -93,6 +85,20 @@ def read_transformers_flex_attention(
         scaling,
         query.shape[1] != key.shape[1],
     )
+
+
+@torch.no_grad()
+def allowed_keys(call: AttentionCall, mask_mod: Callable[..., Tensor], rows: Tensor) -> Tensor:
+    """What a mask's function says of rows [batch, rows]: [batch, heads, rows, tokens_k], boolean."""
+    return _over_positions(mask_mod, ())(*_positions(call, rows))
+
+
+def _positions(call: AttentionCall, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Positions of (batch, head, rows, keys), as functions of FlexAttention take them."""
+    batch, heads, tokens_k = *call.query.shape[:2], call.key.shape[2]
+    device = call.query.device
+    each_batch, each_head = torch.arange(batch, device=device), torch.arange(heads, device=device)
+    return each_batch, each_head, rows, torch.arange(tokens_k, device=device)
 
 
 def _over_positions(function: Callable[..., Tensor], score: tuple[int, ...]) -> Callable[..., Tensor]:

@@ -1,10 +1,11 @@
-"""Sees the attention calls a program makes, its own and this package's, without changing them."""
+"""Sees the attention calls a program makes, its own and this package's, or computes them otherwise."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from typing import Any, NoReturn
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from stability.attention import flash
 from stability.attention.api import _cast_under_autocast, observe
-from stability.attention.call import AttentionCall
+from stability.attention.call import AttentionCall, Mechanism
 from stability.attention.compiled import Tracer
 from stability.attention.flex import read_flex_attention, read_transformers_flex_attention
 from stability.attention.report import observe_reports
@@ -22,6 +23,8 @@ from stability.attention.stand_ins import StandIns, Target
 
 Observer = Callable[[str, Callable[[], SeenAttention]], None]
 SoftmaxObserver = Callable[[Tensor], None]
+Replacer = Callable[[str, Callable[[], SeenAttention], tuple, dict[str, Any]], Callable[[], Any] | None]
+SoftmaxReplacer = Callable[[Tensor], Callable[[], Tensor] | None]
 
 
 @contextmanager
@@ -98,8 +101,35 @@ def observe_softmax(observer: SoftmaxObserver) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def replace_calls(replacer: Replacer, softmax_replacer: SoftmaxReplacer) -> Iterator[None]:
+    """Asks, while the context is open, what is to be computed in the place of every attention call.
+
+    Calls are those of :func:`observe_attention` and :func:`observe_softmax`, which do not see the ones that
+    are replaced. Calls of this package's two functions are among them.
+
+    Args:
+        replacer: Takes the function's name, its ``read()``, the positional and the keyword arguments. Returns
+            the computation that takes the call's place, or None to leave it. What it raises reaches the
+            caller.
+        softmax_replacer: The same for a softmax over the last axis; takes the argument.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(1, 1, 2, 4)
+        >>> with replace_calls(lambda function, read, args, kwargs: lambda: args[2] * 3, lambda logits: None):
+        ...     torch.nn.functional.scaled_dot_product_attention(x, x, x)[0, 0, 0]
+        tensor([3., 3., 3., 3.])
+    """
+    with _watching(_replacers, replacer), _watching(_softmax_replacers, softmax_replacer):
+        yield
+
+
 _observers: list[Observer] = []
 _softmax_observers: list[SoftmaxObserver] = []
+_replacers: list[Replacer] = []
+_softmax_replacers: list[SoftmaxReplacer] = []
+_watchers: tuple[list[Any], ...] = (_observers, _softmax_observers, _replacers, _softmax_replacers)
 _tracers: list[Tracer] = []
 
 
@@ -117,14 +147,14 @@ def _tracing(tracer: Tracer | None) -> Iterator[None]:
 
 @contextmanager
 def _watching(observers: list[Any], observer: Any) -> Iterator[None]:
-    if not _observers and not _softmax_observers:
+    if not any(_watchers):
         _stand_ins.install()
     observers.append(observer)
     try:
         yield
     finally:
         observers.remove(observer)
-        if not _observers and not _softmax_observers:
+        if not any(_watchers):
             _stand_ins.remove()
 
 
@@ -133,21 +163,57 @@ def _attention(
 ) -> Target:
     function = f"{module}.{name}"
 
-    def report(*args: Any, **kwargs: Any) -> None:
+    def report(*args: Any, **kwargs: Any) -> Callable[[], Any] | None:
+        for replacer in tuple(_replacers):
+            if (instead := replacer(function, partial(read, *args, **kwargs), args, kwargs)) is not None:
+                return instead
         for observer in tuple(_observers):
             observer(function, partial(read, *args, **kwargs))
+        return None
 
     def trace(*args: Any, **kwargs: Any) -> None:
+        _refuse_to_trace()
         for tracer in _tracers:
             tracer.trace_call(function, read, *args, **kwargs)
 
     return Target(module, name, report, trace, untouched)
 
 
-def _report_softmax(input: Any, dim: Any = None, *_: Any, **__: Any) -> None:
-    if _softmax_observers and _is_over_last_axis(input, dim):
+def _own_attention(module: str, mechanism: Mechanism) -> Target:
+    """This package's functions report themselves, from inside; a stand-in can only replace them."""
+    name = f"{mechanism}_attention"
+
+    def read(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> SeenAttention:
+        arguments = {argument: arguments[argument] for argument in arguments if argument in _CALL_ARGUMENTS}
+        return SeenAttention(AttentionCall(mechanism, query, key, **arguments))
+
+    def report(*args: Any, **kwargs: Any) -> Callable[[], Any] | None:
+        for replacer in tuple(_replacers):
+            instead = replacer(f"stability.{name}", partial(read, *args, **kwargs), args, kwargs)
+            if instead is not None:
+                return instead
+        return None
+
+    return Target(module, name, report, lambda *_, **__: _refuse_to_trace())
+
+
+def _refuse_to_trace() -> None:
+    """Compiled code cannot be rerouted; unless it has to be one graph, torch then runs it as it is."""
+    if _replacers:
+        raise NotImplementedError(
+            "attention in compiled code cannot be rerouted; run it without torch.compile inside "
+            "replace_attention."
+        )
+
+
+def _report_softmax(input: Any, dim: Any = None, *_: Any, **__: Any) -> Callable[[], Tensor] | None:
+    if _is_over_last_axis(input, dim):
+        for replacer in tuple(_softmax_replacers):
+            if (instead := replacer(input)) is not None:
+                return instead
         for observer in tuple(_softmax_observers):
             observer(input)
+    return None
 
 
 def _trace_softmax(input: Any, dim: Any = None, *_: Any, **__: Any) -> None:
@@ -217,6 +283,8 @@ def _transformers_interfaces() -> Iterable[dict[str, Any]]:
     return [mapping] if isinstance(mapping, dict) else []
 
 
+_CALL_ARGUMENTS = frozenset(field.name for field in fields(AttentionCall))
+
 # transformers compiles the function it imported, and what is compiled must be the original.
 _TRANSFORMERS_FLEX = "transformers.integrations.flex_attention"
 
@@ -240,6 +308,8 @@ _stand_ins = StandIns(
         _attention("flash_attn", "flash_attn_varlen_func", flash.read_flash_attn_varlen),
         _attention("flash_attn", "flash_attn_varlen_qkvpacked_func", flash.read_flash_attn_varlen),
         _attention("flash_attn", "flash_attn_varlen_kvpacked_func", flash.read_flash_attn_varlen),
+        *(_own_attention(m, "softmax") for m in ("stability", "stability.attention")),
+        *(_own_attention(m, "sigmoid") for m in ("stability", "stability.attention")),
         Target("torch", "softmax", _report_softmax, _trace_softmax),
         Target("torch.nn.functional", "softmax", _report_softmax, _trace_softmax),
         Target("torch", "Tensor.softmax", _report_softmax, _trace_softmax),

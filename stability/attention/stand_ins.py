@@ -1,4 +1,4 @@
-"""Functions of other packages replaced, wherever modules hold them, by stand-ins that report each call."""
+"""Attention functions replaced, wherever modules hold them, by stand-ins that report each call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-Report = Callable[..., None]
+# Given the arguments of a call, what to compute in its place, or None to leave it.
+Report = Callable[..., Callable[[], Any] | None]
 
 # Torch's own modules look the public functions up when they call; what else they hold must stay as it is
 # (operator tables, compiled code), and this package must not report itself.
@@ -26,23 +27,24 @@ class Target(NamedTuple):
     Attributes:
         module: Where it lives. Modules that are not imported are left alone.
         name: Its name there: an attribute, or that of a class and its method ("Tensor.softmax").
-        report: Called with the arguments of a call before it is made.
-        trace: The same where ``torch.compile`` traces the call; traced itself.
+        report: Called with the arguments of a call before it is made; what it returns is called instead.
+        trace: The same where ``torch.compile`` traces the call, traced itself; it returns nothing.
         untouched: Modules that keep the original.
     """
 
     module: str
     name: str
     report: Report
-    trace: Report
+    trace: Callable[..., None]
     untouched: tuple[str, ...] = ()
 
 
 class StandIns:
     """Puts stand-ins in the place of functions, and the functions back.
 
-    A stand-in calls `report` and then the original, with the arguments it was given. Reports are not nested:
-    what a watched function calls in turn, and what reporting itself calls, is not reported.
+    A stand-in calls `report` and then the original, with the arguments it was given, or what `report` gives
+    in its place. Reports are not nested: what a watched function calls in turn, and what reporting itself
+    calls, is not reported.
 
     Args:
         targets: What to watch.
@@ -159,8 +161,8 @@ class StandIns:
                 return original(*args, **kwargs)
             _thread.is_inside = True
             try:
-                report(*args, **kwargs)
-                return original(*args, **kwargs)
+                instead = report(*args, **kwargs)
+                return original(*args, **kwargs) if instead is None else instead()
             finally:
                 _thread.is_inside = False
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import probes
+import stability
 from tests.probes.test_lifecycle import assert_nothing_is_left
 from tests.probes.zoo.architectures import (
     ARCHITECTURES,
@@ -28,6 +29,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 ZOO = (Path(__file__).parents[2] / "docs" / "zoo.md").read_text(encoding="utf-8")
+
+
+# Of the models with an "sdpa" implementation, one does not use transformers' attention interface.
+FALCON = ("Falcon", "eager")
 
 
 def document_row(architecture: Architecture | TorchArchitecture, num_seen: int) -> str:
@@ -129,6 +134,27 @@ def test_transformers_flex_attention_is_seen(name: str, monkeypatch: pytest.Monk
     model = architecture.build("flex_attention").eval()
     model.load_state_dict(eager.state_dict())
     check_statistics(model, eager, architecture.batch(), "transformers.integrations.flex_attention")
+
+
+@pytest.mark.parametrize(("architecture", "implementation"), cases())
+def test_every_attention_is_rerouted_or_refused(
+    architecture: Architecture | TorchArchitecture, implementation: str
+) -> None:
+    model, batch = architecture.build(implementation).eval(), architecture.batch()
+    num_sites = architecture.sites(getattr(model, "config", None))
+    expected = model(**batch)[0]
+    if num_sites and (
+        "sdpa" not in architecture.implementations or (architecture.name, implementation) == FALCON
+    ):
+        with pytest.raises(NotImplementedError, match="cannot be rerouted"):
+            with stability.replace_attention(model):
+                model(**batch)
+    else:
+        with stability.replace_attention(model) as replaced:
+            output = model(**batch)[0]
+        assert sum(site.calls for site in replaced.sites) == num_sites
+        assert torch.equal(output, expected) == (num_sites == 0)
+    assert torch.equal(model(**batch)[0], expected)
 
 
 def dense_weights(output: Any) -> list[Tensor]:

@@ -1,0 +1,144 @@
+"""Follows which module of the model is running, without leaving anything on the model.
+
+The hooks are PyTorch's process-wide module hooks, filtered by a dictionary look-up: the watched model carries
+no hook of its own, so its ``state_dict()``, ``copy.deepcopy`` and ``torch.save`` are what they were, and a
+copy of it is not watched.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+# What belongs to the outermost module itself, whose own name is empty.
+ROOT_LAYER = "(root)"
+
+
+Before = Callable[[nn.Module, str, tuple], None]
+After = Callable[[nn.Module, str, tuple, dict, object], None]
+
+
+class ModuleTracer(Protocol):
+    """Follows the modules of a forward pass, with gradients, that ``torch.compile`` traces. Traced itself."""
+
+    def trace_start(self, layer: str, args: tuple) -> None:
+        """A module starts."""
+        ...
+
+    def trace_return(self, layer: str, output: object) -> None:
+        """A module has returned."""
+        ...
+
+    def trace_end(self) -> None:
+        """What is compiled has been traced: nothing may be left that other graphs would be guarded by."""
+        ...
+
+
+class ModuleCalls(threading.local):
+    """Names the innermost running module, and tells observers when modules of the model start and end.
+
+    Forward passes of other models are not reported.
+
+    Args:
+        names: Name of every module of the model.
+        before: Called with (module, name, args) when a module starts.
+        after: Called with (module, name, args, kwargs, output) when it has returned. Where it raised, torch
+            leaves out the keyword arguments and gives None as the output.
+
+    Attributes:
+        names: As given.
+        running: Names of the running modules, outermost first.
+        num_others: How many modules of other models are running.
+        tracers: Who follows the modules that ``torch.compile`` traces.
+    """
+
+    def __init__(self, names: dict[nn.Module, str], before: Before, after: After) -> None:
+        self.names = names
+        self.running: list[str] = []
+        self._before = before
+        self._after = after
+        self.num_others = 0
+        self.tracers: tuple[ModuleTracer, ...] = ()
+        self._traced: list[str] = []  # those of the running modules that torch.compile is tracing
+
+    @property
+    def current_layer(self) -> str | None:
+        """Name of the innermost running module, or None outside the model's forward pass."""
+        return self.running[-1] if self.running else None
+
+    def install(self, handles: ExitStack) -> None:
+        """Registers the hooks; they go when ``handles`` closes."""
+        handles.callback(register_module_forward_pre_hook(self._start).remove)
+        # Torch warns that such hooks see its compiled wrapper too; these look for the model's modules only.
+        warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
+        # Torch warns that such hooks see its compiled wrapper too; these look for the model's modules only.
+        warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
+        # always_call: a module that raises must not stay on the stack.
+        handles.callback(register_module_forward_hook(self._end, with_kwargs=True, always_call=True).remove)
+
+    def _start(self, module: nn.Module, args: tuple) -> None:
+        is_traced = torch.compiler.is_compiling()
+        if torch.jit.is_tracing() or (is_traced and (torch.compiler.is_exporting() or not self.tracers)):
+            return
+        name = self.names.get(module)
+        if name is None:
+            self.num_others += 1
+            return
+        if name == ROOT_LAYER:
+            self.running.clear()  # a KeyboardInterrupt skips always_call hooks
+        self.running.append(name)
+        if is_traced:
+            self._traced.append(name)
+            if torch.is_grad_enabled():
+                for tracer in self.tracers:
+                    tracer.trace_start(name, args)
+        else:
+            self._before(module, name, args)
+
+    def _end(self, module: nn.Module, args: tuple, *kwargs_and_output: Any) -> None:
+        kwargs, output = kwargs_and_output if len(kwargs_and_output) == 2 else ({}, None)
+        name = self.names.get(module)
+        if name is None:
+            self.num_others = max(0, self.num_others - 1)
+        if name not in self.running:
+            return
+        while self.running.pop() != name:
+            pass
+        if not torch.compiler.is_compiling():
+            self._after(module, name, args, kwargs, output)
+            return
+        self._traced.pop()
+        if output is not None and torch.is_grad_enabled():
+            for tracer in self.tracers:
+                tracer.trace_return(name, output)
+        if not self._traced:
+            for tracer in self.tracers:
+                tracer.trace_end()
+
+
+def layer_names(model: nn.Module) -> dict[nn.Module, str]:
+    """Name of every module, in model order; a module registered twice keeps its first name."""
+    return {module: name or ROOT_LAYER for name, module in model.named_modules()}
+
+
+def in_backward() -> bool:
+    """Whether autograd is running the backward pass on this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calling the module runs compiled code."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def is_being_traced() -> bool:
+    """Whether the forward pass is recorded for a compiler or an export."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
