@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Protocol
