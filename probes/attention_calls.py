@@ -23,6 +23,10 @@ from stability.attention.seen import SeenAttention, UnseenAttentionError, seen_l
 from stability.module_calls import ROOT_LAYER, ModuleCalls, in_backward
 
 _NO_CALL = "it makes no attention call that is known, and no softmax"
+_NO_COMPILED_CALL = (
+    "no attention call of it is known in compiled code, where a softmax has to be written torch.softmax(x) "
+    "and not x.softmax()"
+)
 
 REPORTED = "stability.attention.report_attention"
 SOFTMAX = "torch.softmax"
@@ -131,7 +135,7 @@ class AttentionCalls:
     def trace_return(self, layer: str, output: object) -> None:
         """See :class:`~stability.module_calls.ModuleTracer`."""
         if layer in self._named_for_attention and layer not in self._traced_within:
-            self.tracer.trace_unseen(self._named_for_attention[layer], layer, _NO_CALL)
+            self.tracer.trace_unseen(self._named_for_attention[layer], layer, _NO_COMPILED_CALL)
 
     def trace_end(self) -> None:
         """What is compiled has been traced."""

@@ -154,8 +154,10 @@ class StandIns:
 
         @functools.wraps(original)
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
                 trace(*args, **kwargs)
+                return original(*args, **kwargs)
+            if torch.compiler.is_compiling():  # what dynamo has traced goes through later passes
                 return original(*args, **kwargs)
             if not self._is_installed or _thread.is_inside:
                 return original(*args, **kwargs)
