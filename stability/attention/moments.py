@@ -1,4 +1,4 @@
-"""What attention rows are reduced to, with O(tokens) memory: by the streaming kernel or in chunks of rows."""
+"""Statistics of attention rows with O(tokens) memory: by the streaming kernel or in chunks of rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stability.attention.rows import SelectedRows
 from stability.attention.streaming import can_stream, stream_row_statistics
 from stability.attention.validation import LogitTerms, logit_dtype
 from stability.jacobian import softmax_row_spectral_norm
-from stability.row_moments import sigmoid_derivative, softmax_row_moments
+from stability.row_moments import sigmoid_derivative, softmax_row_entropy, softmax_row_moments
 
 # Logits held at a time: 16 MiB in float32, and about ten temporaries of that size.
 _CHUNK_ELEMENTS = 2**22
@@ -89,8 +89,8 @@ def sigmoid_quantities(logits: Tensor, bias: float | Tensor) -> dict[str, Tensor
     unit = torch.where(derivative_max > 0, derivative_max, torch.ones_like(derivative_max))
     return {
         "max_logit": max_logit,
-        # s/Σs is the softmax of ln s, whose moments stay accurate when one weight holds nearly everything.
-        "entropy": softmax_row_moments(functional.logsigmoid(logits)).entropy,
+        # s/Σs is the softmax of ln s, whose entropy stays accurate when one weight holds nearly everything.
+        "entropy": softmax_row_entropy(functional.logsigmoid(logits)),
         "jacobian_frobenius": unit * torch.linalg.vector_norm(derivative / unit.unsqueeze(-1), dim=-1),
         "jacobian_spectral": derivative_max,
         "off_diagonal_share": torch.zeros_like(derivative_max),
