@@ -56,7 +56,7 @@ def logits(
                 allowed &= entries != 0
             else:
                 z += entries.to(tl.float32)
-                allowed &= z > MASKED_OUT
+                allowed &= (z > MASKED_OUT) | (z != z)
         z = tl.where(allowed, z, EXCLUDED)
     return tl.reshape(z, [BLOCK_ROWS, BLOCK_KEYS // 8, 4, 2])
 

@@ -118,8 +118,9 @@ def test_it_is_the_chunked_computation(mechanism: str, case: str, rows: int | No
 
 @compares
 @pytest.mark.parametrize("mechanism", ["softmax", "sigmoid"])
-def test_nan_in_a_valid_row_comes_out(mechanism: str) -> None:
-    call = make_call(mechanism, "plain")
+@pytest.mark.parametrize("case", ["plain", "added mask"])
+def test_nan_in_a_valid_row_comes_out(case: str, mechanism: str) -> None:
+    call = make_call(mechanism, case)
     call.query[1, 1, 3, 4] = torch.nan
     terms = logit_terms(call)
     selected = select_rows(None, batch=2, tokens=34, lengths=None, device=call.query.device, seed=0)
