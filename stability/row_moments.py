@@ -17,7 +17,8 @@ A streaming kernel needs the same numbers and one pass over the keys. Derivation
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ from torch import Tensor
 NEGATIVE_INFINITY = float("-inf")
 
 
-class SoftmaxRowMoments(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class SoftmaxRowMoments:
     """Sums over one row of softmax logits; each field has the logits' shape without its last axis.
 
     Attributes:
@@ -50,46 +52,55 @@ class SoftmaxRowMoments(NamedTuple):
     t3: Tensor
     t4: Tensor
 
-    @property
+    @cached_property
     def complement(self) -> Tensor:
         """δ = 1 − p₁, without cancellation."""
         return self.p2 * self.t1
 
-    @property
+    @cached_property
     def trace(self) -> Tensor:
         """Trace J = 1 − S₂, which is also the nuclear norm."""
         return self.p2 * (self.t1 * (1 + self.p1) - self.p2 * self.t2)
 
-    @property
+    @cached_property
     def frobenius(self) -> Tensor:
         """‖J‖_F."""
-        return self.p2 * self._energy().sqrt()
+        return self.p2 * self._energy.sqrt()
 
-    @property
+    @cached_property
     def off_diagonal_share(self) -> Tensor:
         """Off-diagonal energy over ‖J‖_F², in [0, 1); 0 where J is zero."""
-        off_diagonal = 2 * self.p1**2 * self.t2 + self.p2**2 * (self.t2**2 - self.t4)
-        return torch.where(self.t2 == 0, torch.zeros_like(self.t2), off_diagonal / self._energy())
+        off_diagonal = 2 * self._p1_squared * self.t2 + self._p2_squared * (self.t2 * self.t2 - self.t4)
+        return (off_diagonal / self._energy).masked_fill_(self.t2 == 0, 0.0)
 
-    @property
+    @cached_property
     def derivative_max(self) -> Tensor:
         """p₁(1 − p₁), the largest probability's own derivative; at most 1/4."""
         return self.p1 * self.complement
 
-    @property
+    @cached_property
     def infinity(self) -> Tensor:
         """‖J‖_∞ = 2 p₁(1 − p₁), which is the maximum of 2p(1 − p) over the row; at most 1/2."""
         return 2 * self.derivative_max
 
-    @property
+    @cached_property
     def spectral_upper_bound(self) -> Tensor:
         """min(‖J‖_F, trace J, ‖J‖_∞) ≥ ‖J‖₂."""
         return torch.minimum(torch.minimum(self.frobenius, self.trace), self.infinity)
 
+    @cached_property
+    def _p1_squared(self) -> Tensor:
+        return self.p1 * self.p1
+
+    @cached_property
+    def _p2_squared(self) -> Tensor:
+        return self.p2 * self.p2
+
+    @cached_property
     def _energy(self) -> Tensor:
         """‖J‖_F² / p₂²."""
-        s2 = self.p1**2 + self.p2**2 * self.t2
-        return self.p1**2 * (self.t1**2 + self.t2) + self.t2 * (1 + s2) - 2 * self.p2 * self.t3
+        s2 = self._p1_squared + self._p2_squared * self.t2
+        return self._p1_squared * (self.t1 * self.t1 + self.t2) + self.t2 * (1 + s2) - 2 * self.p2 * self.t3
 
 
 def softmax_row_moments(logits: Tensor) -> SoftmaxRowMoments:
@@ -101,10 +112,25 @@ def softmax_row_moments(logits: Tensor) -> SoftmaxRowMoments:
     Returns:
         Moments of shape [...] in the logits' dtype.
     """
+    moments, ratio = _below_largest(logits)
+    squared = ratio * ratio
+    return SoftmaxRowMoments(
+        *moments, squared.sum(dim=-1), (squared * ratio).sum(dim=-1), (squared * squared).sum(dim=-1)
+    )
+
+
+def softmax_row_entropy(logits: Tensor) -> Tensor:
+    """`softmax_row_moments(logits).entropy` without the moments that are not needed for it."""
+    (_, _, entropy, *_), _ = _below_largest(logits)
+    return entropy
+
+
+def _below_largest(logits: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The first six fields of `SoftmaxRowMoments`, and rᵢ [..., n], which is 0 for the largest."""
     max_logit, second, rest = split_largest(logits)
     has_second = second > NEGATIVE_INFINITY
-    ratio = torch.exp(below_second(rest, second))  # rᵢ; 0 for excluded keys and for the largest
-    t1, t2, t3, t4 = (ratio.pow(k).sum(dim=-1) for k in (1, 2, 3, 4))
+    ratio = below_second(rest, second).exp_()  # rᵢ; 0 for excluded keys and for the largest
+    t1 = ratio.sum(dim=-1)
     has_key = max_logit != NEGATIVE_INFINITY  # true of NaN, which is to come out as NaN
     gap = torch.where(has_second, second - torch.where(has_key, max_logit, second), second)  # ≤ 0
     relative = torch.exp(gap) * t1  # R = Σ_{i≥2} exp(zᵢ − m)
@@ -114,9 +140,9 @@ def softmax_row_moments(logits: Tensor) -> SoftmaxRowMoments:
     # Σ pᵢ (m − zᵢ). An excluded key has p = 0 and an infinite distance, one masked by the most negative
     # number a distance that overflows in the sum; both count as 0.
     weighted = p2.unsqueeze(-1) * ratio
-    distance = torch.where(weighted == 0, torch.zeros_like(rest), max_logit.unsqueeze(-1) - rest)
+    distance = (max_logit.unsqueeze(-1) - rest).masked_fill_(weighted == 0, 0.0)
     entropy = log_denominator + (weighted * distance).sum(dim=-1)
-    return SoftmaxRowMoments(max_logit, max_logit + log_denominator, entropy, p1, p2, t1, t2, t3, t4)
+    return (max_logit, max_logit + log_denominator, entropy, p1, p2, t1), ratio
 
 
 def split_largest(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

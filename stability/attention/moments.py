@@ -1,21 +1,21 @@
-"""What attention rows are reduced to, with O(tokens) memory: by the streaming kernel or in chunks of rows."""
+"""Statistics of attention rows with O(tokens) memory: by the streaming kernel or in chunks of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stability.attention.call import Mechanism
 from stability.attention.logits import NEGATIVE_INFINITY, add_logit_terms_
 from stability.attention.rows import SelectedRows
-from stability.attention.streaming import can_stream, stream_row_moments
+from stability.attention.streaming import can_stream, stream_row_statistics
 from stability.attention.validation import LogitTerms, logit_dtype
 from stability.jacobian import softmax_row_spectral_norm
-from stability.row_moments import SoftmaxRowMoments, sigmoid_derivative, softmax_row_moments
+from stability.row_moments import sigmoid_derivative, softmax_row_entropy, softmax_row_moments
 
 # Logits held at a time: 16 MiB in float32, and about ten temporaries of that size.
 _CHUNK_ELEMENTS = 2**22
@@ -25,86 +25,60 @@ _CHUNK_ELEMENTS = 2**22
 SATURATED_WEIGHT = 0.99
 
 
-class SigmoidRowMoments(NamedTuple):
-    """Sums over one row of sigmoid logits; each field is [batch, heads, num_rows].
-
-    Attributes:
-        max_logit: Largest logit without the bias, so that it compares with softmax; −inf without a key.
-        entropy: Entropy in nats of the weights divided by their sum.
-        row_sum: Σ s.
-        saturated_share: Share of the allowed keys with s above 0.99.
-        derivative_max: max s(1 − s).
-        derivative_sum: Σ s(1 − s).
-        derivative_norm: √Σ (s(1 − s))².
-    """
-
-    max_logit: Tensor
-    entropy: Tensor
-    row_sum: Tensor
-    saturated_share: Tensor
-    derivative_max: Tensor
-    derivative_sum: Tensor
-    derivative_norm: Tensor
-
-
-def softmax_moments(
-    query: Tensor, key: Tensor, terms: LogitTerms, selected: SelectedRows, *, exact_spectral: bool
-) -> tuple[SoftmaxRowMoments, Tensor]:
-    """Moments of the selected softmax rows, and the spectral norms of their Jacobians.
+def row_quantities(
+    query: Tensor,
+    key: Tensor,
+    mechanism: Mechanism,
+    terms: LogitTerms,
+    selected: SelectedRows,
+    *,
+    exact_spectral: bool,
+) -> dict[str, Tensor]:
+    """The statistics of the selected rows, by the kernel where it can be used, else in chunks of rows.
 
     Args:
         query: [batch, heads, tokens_q, head_dim].
         key: [batch, key_value_heads, tokens_k, head_dim].
-        terms: Checked masks, lengths and scale.
-        selected: Rows to measure; a row of weight 0 counts as a row without keys.
-        exact_spectral: Solve the secular equation instead of taking the bound the moments give.
-
-    Returns:
-        Moments and spectral norms, each [batch, heads, num_rows].
-    """
-    if can_stream(query) and not exact_spectral:  # the exact norm rereads the logits
-        streamed, _ = stream_row_moments(query, key, terms, selected, saturated_weight=None)
-        return streamed, streamed.spectral_upper_bound
-    moments, spectral = [], []
-    for logits in _logit_chunks(query, key, terms, selected):
-        moments.append(softmax_row_moments(logits))
-        if exact_spectral:
-            spectral.append(softmax_row_spectral_norm(logits, moments[-1]))
-        else:
-            spectral.append(moments[-1].spectral_upper_bound)
-    return SoftmaxRowMoments(*_concatenate(moments)), torch.cat(spectral, dim=2)
-
-
-def sigmoid_moments(
-    query: Tensor, key: Tensor, terms: LogitTerms, selected: SelectedRows
-) -> SigmoidRowMoments:
-    """Moments of the selected sigmoid rows.
-
-    Args:
-        query: [batch, heads, tokens_q, head_dim].
-        key: [batch, key_value_heads, tokens_k, head_dim].
+        mechanism: "softmax" or "sigmoid".
         terms: Checked masks, lengths, scale and biases.
         selected: Rows to measure; a row of weight 0 counts as a row without keys.
+        exact_spectral: For softmax, solve the secular equation instead of taking the bound.
 
     Returns:
-        Moments, each [batch, heads, num_rows].
+        The statistics of `AttentionStatistics` under their names, each [batch, heads, num_rows].
     """
-    if can_stream(query):
-        normalised, sums = stream_row_moments(query, key, terms, selected, saturated_weight=SATURATED_WEIGHT)
-        max_logit, *rest = sums
-        max_logit = torch.where(normalised.entropy.isnan(), normalised.entropy, max_logit)
-        return SigmoidRowMoments(max_logit, normalised.entropy, *rest)
-    return SigmoidRowMoments(
-        *_concatenate(
-            [
-                _sigmoid_row_moments(logits, terms.bias)
-                for logits in _logit_chunks(query, key, terms, selected)
-            ]
-        )
-    )
+    is_sigmoid = mechanism == "sigmoid"
+    if can_stream(query) and (is_sigmoid or not exact_spectral):  # the exact norm rereads the logits
+        saturated_weight = SATURATED_WEIGHT if is_sigmoid else None
+        return stream_row_statistics(query, key, terms, selected, saturated_weight=saturated_weight)
+    chunks = [
+        sigmoid_quantities(logits, terms.bias) if is_sigmoid else softmax_quantities(logits, exact_spectral)
+        for logits in _logit_chunks(query, key, terms, selected)
+    ]
+    if len(chunks) == 1:
+        return chunks[0]
+    return {name: torch.cat([chunk[name] for chunk in chunks], dim=2) for name in chunks[0]}
 
 
-def _sigmoid_row_moments(logits: Tensor, bias: float | Tensor) -> SigmoidRowMoments:
+def softmax_quantities(logits: Tensor, exact_spectral: bool) -> dict[str, Tensor]:
+    """Statistics [...] of softmax rows [..., keys]; −inf marks an excluded key."""
+    moments = softmax_row_moments(logits)
+    return {
+        "max_logit": moments.max_logit,
+        "log_sum_exp": moments.log_sum_exp,
+        "entropy": moments.entropy,
+        "jacobian_frobenius": moments.frobenius,
+        "jacobian_spectral": softmax_row_spectral_norm(logits, moments)
+        if exact_spectral
+        else moments.spectral_upper_bound,
+        "off_diagonal_share": moments.off_diagonal_share,
+        "trace": moments.trace,
+        "derivative_max": moments.derivative_max,
+    }
+
+
+def sigmoid_quantities(logits: Tensor, bias: float | Tensor) -> dict[str, Tensor]:
+    """Statistics [...] of sigmoid rows [..., keys] of logits without the bias, which broadcasts."""
     max_logit = logits.amax(dim=-1)
     num_keys = (logits != NEGATIVE_INFINITY).sum(dim=-1)
     logits = logits + bias
@@ -113,16 +87,18 @@ def _sigmoid_row_moments(logits: Tensor, bias: float | Tensor) -> SigmoidRowMome
     derivative_max = derivative.amax(dim=-1)
     # In units of the largest: squares of a saturated row's derivatives would underflow.
     unit = torch.where(derivative_max > 0, derivative_max, torch.ones_like(derivative_max))
-    return SigmoidRowMoments(
-        max_logit=max_logit,
-        # s/Σs is the softmax of ln s, whose moments stay accurate when one weight holds nearly everything.
-        entropy=softmax_row_moments(functional.logsigmoid(logits)).entropy,
-        row_sum=weights.sum(dim=-1),
-        saturated_share=(weights > SATURATED_WEIGHT).sum(dim=-1) / num_keys.clamp(min=1),
-        derivative_max=derivative_max,
-        derivative_sum=derivative.sum(dim=-1),
-        derivative_norm=unit * torch.linalg.vector_norm(derivative / unit.unsqueeze(-1), dim=-1),
-    )
+    return {
+        "max_logit": max_logit,
+        # s/Σs is the softmax of ln s, whose entropy stays accurate when one weight holds nearly everything.
+        "entropy": softmax_row_entropy(functional.logsigmoid(logits)),
+        "jacobian_frobenius": unit * torch.linalg.vector_norm(derivative / unit.unsqueeze(-1), dim=-1),
+        "jacobian_spectral": derivative_max,
+        "off_diagonal_share": torch.zeros_like(derivative_max),
+        "trace": derivative.sum(dim=-1),
+        "derivative_max": derivative_max,
+        "row_sum": weights.sum(dim=-1),
+        "saturated_share": (weights > SATURATED_WEIGHT).sum(dim=-1) / num_keys.clamp(min=1),
+    }
 
 
 def _logit_chunks(query: Tensor, key: Tensor, terms: LogitTerms, selected: SelectedRows) -> Iterator[Tensor]:
@@ -153,7 +129,3 @@ def _logit_chunks(query: Tensor, key: Tensor, terms: LogitTerms, selected: Selec
             # Many models mask with the most negative number instead of −inf.
             logits.masked_fill_(logits < torch.finfo(mask.dtype).min / 2, NEGATIVE_INFINITY)
         yield logits.masked_fill_((weights == 0)[:, None, :, None], NEGATIVE_INFINITY)
-
-
-def _concatenate(chunks: list) -> list[Tensor]:
-    return [torch.cat(field, dim=2) for field in zip(*chunks, strict=True)]

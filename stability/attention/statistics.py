@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stability.attention.call import AttentionCall, Mechanism
 from stability.attention.logits import NEGATIVE_INFINITY
-from stability.attention.moments import sigmoid_moments, softmax_moments
+from stability.attention.moments import row_quantities
 from stability.attention.rows import Coverage, select_rows
 from stability.attention.summary import SummaryValue, summarize_rows
 from stability.attention.validation import logit_terms
@@ -50,7 +50,6 @@ class AttentionStatistics:
     row_weights: Tensor
     valid: Tensor
     max_logit: Tensor
-    log_sum_exp: Tensor | None
     entropy: Tensor
     jacobian_frobenius: Tensor
     jacobian_spectral: Tensor
@@ -58,8 +57,9 @@ class AttentionStatistics:
     off_diagonal_share: Tensor
     trace: Tensor
     derivative_max: Tensor
-    row_sum: Tensor | None
-    saturated_share: Tensor | None
+    log_sum_exp: Tensor | None = None
+    row_sum: Tensor | None = None
+    saturated_share: Tensor | None = None
 
     def summarize(self) -> dict[str, SummaryValue]:
         """Means and maxima over the valid rows, per layer and per head.
@@ -168,42 +168,13 @@ def attention_statistics(
         device=query.device,
         seed=seed,
     )
-    if mechanism == "softmax":
-        softmax, spectral = softmax_moments(query, key, terms, selected, exact_spectral=exact_spectral)
-        return AttentionStatistics(
-            mechanism="softmax",
-            coverage=selected.coverage,
-            rows=selected.rows,
-            row_weights=selected.weights,
-            valid=softmax.max_logit != NEGATIVE_INFINITY,
-            max_logit=softmax.max_logit,
-            log_sum_exp=softmax.log_sum_exp,
-            entropy=softmax.entropy,
-            jacobian_frobenius=softmax.frobenius,
-            jacobian_spectral=spectral,
-            spectral_kind="exact" if exact_spectral else "upper_bound",
-            off_diagonal_share=softmax.off_diagonal_share,
-            trace=softmax.trace,
-            derivative_max=softmax.derivative_max,
-            row_sum=None,
-            saturated_share=None,
-        )
-    sigmoid = sigmoid_moments(query, key, terms, selected)
+    quantities = row_quantities(query, key, mechanism, terms, selected, exact_spectral=exact_spectral)
     return AttentionStatistics(
-        mechanism="sigmoid",
+        mechanism=mechanism,
         coverage=selected.coverage,
         rows=selected.rows,
         row_weights=selected.weights,
-        valid=sigmoid.max_logit != NEGATIVE_INFINITY,
-        max_logit=sigmoid.max_logit,
-        log_sum_exp=None,
-        entropy=sigmoid.entropy,
-        jacobian_frobenius=sigmoid.derivative_norm,
-        jacobian_spectral=sigmoid.derivative_max,
-        spectral_kind="exact",
-        off_diagonal_share=torch.zeros_like(sigmoid.row_sum),
-        trace=sigmoid.derivative_sum,
-        derivative_max=sigmoid.derivative_max,
-        row_sum=sigmoid.row_sum,
-        saturated_share=sigmoid.saturated_share,
+        valid=quantities["max_logit"] != NEGATIVE_INFINITY,
+        spectral_kind="exact" if exact_spectral or mechanism == "sigmoid" else "upper_bound",
+        **quantities,
     )

@@ -1,4 +1,4 @@
-"""Moments of attention rows by the streaming Triton kernel: one pass over the keys, O(tokens) memory.
+"""Statistics of attention rows by the streaming Triton kernel: one pass over the keys, O(tokens) memory.
 
 The rule, in one place: the kernel is taken for CUDA tensors in float16, bfloat16 or float32 with head_dim up
 to 256 where Triton is installed; everything else goes through the chunks of `stability.attention.moments`,
@@ -8,34 +8,32 @@ which give the same numbers.
 from __future__ import annotations
 
 import importlib.util
-import math
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from stability.attention.rows import SelectedRows
 from stability.attention.validation import LogitTerms
-from stability.row_moments import NEGATIVE_INFINITY, SoftmaxRowMoments
 
 MAX_HEAD_DIM = 256
-LN_2 = math.log(2.0)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def can_stream(query: Tensor) -> bool:
     """Whether the kernel takes this query; the rule of the module's docstring."""
-    return (
-        query.is_cuda
-        and query.dtype in _DTYPES
-        and query.shape[3] <= MAX_HEAD_DIM
-        and importlib.util.find_spec("triton") is not None
-    )
+    return query.is_cuda and query.dtype in _DTYPES and query.shape[3] <= MAX_HEAD_DIM and _has_triton()
 
 
-def stream_row_moments(
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def stream_row_statistics(
     query: Tensor, key: Tensor, terms: LogitTerms, selected: SelectedRows, *, saturated_weight: float | None
-) -> tuple[SoftmaxRowMoments, list[Tensor]]:
+) -> dict[str, Tensor]:
     """Runs the kernel.
 
     Args:
@@ -46,74 +44,82 @@ def stream_row_moments(
         saturated_weight: For sigmoid, the weight above which a key counts as saturated; None for softmax.
 
     Returns:
-        Moments of the softmax rows, for sigmoid of the weights divided by their sum; and for sigmoid the
-        largest logit without bias, Σ s, the saturated share, max d, Σ d and √Σd². All [batch, heads, rows].
+        The statistics of `AttentionStatistics` under their names, each [batch, heads, num_rows] in float32;
+        for softmax `jacobian_spectral` is the upper bound.
     """
-    from stability.attention.triton import row_moments as kernel
+    from stability.attention.triton.row_statistics import (
+        SIGMOID_QUANTITIES,
+        SOFTMAX_QUANTITIES,
+        row_statistics,
+    )
 
     batch, heads, _, head_dim = query.shape
     tokens_k, num_rows = key.shape[2], selected.rows.shape[1]
     is_sigmoid = saturated_weight is not None
-    num_fields = kernel.SIGMOID_FIELDS if is_sigmoid else kernel.SOFTMAX_FIELDS
-    output = query.new_empty((num_fields, batch, heads, num_rows), dtype=torch.float32)
-    mask = terms.attn_mask
-    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
-    if mask is not None:
-        mask_strides = tuple(
-            0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)
-        )
-    score_bias = terms.score_bias
-    bias = torch.as_tensor(terms.bias, dtype=torch.float32)
-    if bias.device != query.device:  # a number: filling a new tensor waits for nothing, copying one would
-        bias = torch.full((), float(terms.bias), dtype=torch.float32, device=query.device)
-    bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape).expand(batch, heads, 1, 1)
-    block_rows, block_keys = _block_sizes(query.dtype, head_dim, is_sigmoid)
-    grid = (-(-num_rows // block_rows), batch * heads)
-    kernel.row_moments[grid](
-        query, key, selected.rows.contiguous(), selected.weights.contiguous(),
-        terms.key_lengths if terms.key_lengths is not None else query,
-        mask if mask is not None else query,
-        score_bias if score_bias is not None else query,
+    names = SIGMOID_QUANTITIES if is_sigmoid else SOFTMAX_QUANTITIES
+    output = query.new_empty((len(names), batch, heads, num_rows), dtype=torch.float32)
+    mask, score_bias = terms.attn_mask, terms.score_bias
+    mask_strides = (0, 0, 0, 0) if mask is None else _broadcasting_strides(mask)
+    score_bias_strides = (0, 0, 0, 0) if score_bias is None else _broadcasting_strides(score_bias)
+    bias = _bias_per_head(terms.bias, query) if is_sigmoid else output
+    configuration = _configuration(query.dtype, head_dim, is_sigmoid)
+    grid = (-(-num_rows // configuration["BLOCK_ROWS"]), batch * heads)
+    row_statistics[grid](
+        query, key, selected.rows, selected.weights,
+        query if terms.key_lengths is None else terms.key_lengths,
+        query if mask is None else mask,
+        query if score_bias is None else score_bias,
         bias, output,
         num_rows, tokens_k, terms.scale,
-        *query.stride(), *key.stride(), *mask_strides,
-        0 if score_bias is None or score_bias.shape[0] == 1 else score_bias.stride(0),
-        0 if score_bias is None else score_bias.stride(3),
-        bias.stride(0), bias.stride(1), output.stride(0),
-        heads=heads, group=heads // key.shape[1], head_dim=head_dim,
+        *query.stride(), *key.stride(), *selected.rows.stride(), *selected.weights.stride(), *mask_strides,
+        score_bias_strides[0], score_bias_strides[3], bias.stride(0), bias.stride(1), output.stride(0),
+        heads=heads, group=heads // key.shape[1], HEAD_DIM=head_dim,
         IS_SIGMOID=is_sigmoid, IS_CAUSAL=terms.is_causal, HAS_KEY_LENGTHS=terms.key_lengths is not None,
         MASK=0 if mask is None else 1 if mask.dtype is torch.bool else 2,
         HAS_SCORE_BIAS=score_bias is not None,
-        SATURATED_WEIGHT=saturated_weight or 0.0,
-        BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()), BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys,
-        num_warps=4, num_stages=2,
+        SCALE_FIRST=_scale_comes_first(terms),
+        SATURATED=saturated_weight or 0.0,
+        BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
+        **configuration,
     )  # fmt: skip
-    return _moments(*output[:7]), list(output[7:])
+    quantities = dict(zip(names, output.unbind(), strict=True))
+    if is_sigmoid:
+        quantities["jacobian_spectral"] = quantities["derivative_max"]  # J is diagonal
+    return quantities
 
 
-def _block_sizes(dtype: torch.dtype, head_dim: int, is_sigmoid: bool) -> tuple[int, int]:
-    """Rows and keys a program holds: the fastest of those tried on an H100 (docs/results/).
+def _configuration(dtype: torch.dtype, head_dim: int, is_sigmoid: bool) -> dict[str, int]:
+    """Rows and keys of a program and how it is compiled: the fastest of those tried (docs/results/).
 
-    Float32 products run without tensor cores and need the registers; so do sigmoid's additional sums.
+    Float32 products run without tensor cores and need the registers.
     """
-    if dtype is torch.float32 or head_dim > 128:
-        return 32, 32
-    return 64, 64 if is_sigmoid else 128
+    if dtype is torch.float32:
+        return {"BLOCK_ROWS": 32, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2}
+    if head_dim > 128:
+        return {"BLOCK_ROWS": 64, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2}
+    # Four programs share a multiprocessor; sigmoid spills for it, but only where weights are large.
+    registers = {"maxnreg": 128} if is_sigmoid else {}
+    return {"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3, **registers}
 
 
-def _moments(
-    largest: Tensor, second: Tensor, t1: Tensor, t2: Tensor, t3: Tensor, t4: Tensor, weighted: Tensor
-) -> SoftmaxRowMoments:
-    """From the kernel's running sums, whose logits are in units of ln 2, to the moments."""
-    has_second = second > NEGATIVE_INFINITY
-    # A NaN is dropped by the kernel's maxima but not by its sums.
-    max_logit = torch.where(t1.isnan(), t1, largest * LN_2)
-    gap = torch.where(has_second, (second - largest) * LN_2, NEGATIVE_INFINITY)  # ln(p₂/p₁) ≤ 0
-    ratio = gap.exp()
-    log_denominator = torch.log1p(ratio * t1)
-    p1 = torch.where(largest > NEGATIVE_INFINITY, (-log_denominator).exp(), 0.0)
-    p2 = ratio * p1
-    # Σ pᵢ(m − zᵢ) over every key but the largest
-    distance = torch.where(has_second, -(weighted * LN_2 + gap * t1), 0.0)
-    entropy = log_denominator + torch.where(p2 == 0, 0.0, p2 * distance)
-    return SoftmaxRowMoments(max_logit, max_logit + log_denominator, entropy, p1, p2, t1, t2, t3, t4)
+def _scale_comes_first(terms: LogitTerms) -> bool:
+    """Whether something is added to the scaled products, or the scale is too odd to be kept for the end."""
+    is_added = terms.score_bias is not None or (
+        terms.attn_mask is not None and terms.attn_mask.dtype is not torch.bool
+    )
+    return is_added or not 1e-6 <= terms.scale <= 1e6
+
+
+def _bias_per_head(bias: float | Tensor, query: Tensor) -> Tensor:
+    """Bias [batch, heads] in float32 on the query's device."""
+    batch, heads = query.shape[:2]
+    if isinstance(bias, Tensor) and bias.device == query.device:
+        bias = bias.to(torch.float32)
+    else:  # a number: filling a new tensor waits for nothing, copying one would
+        bias = torch.full((), float(bias), dtype=torch.float32, device=query.device)
+    bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+    return bias.expand(batch, heads, 1, 1).squeeze(3).squeeze(2)
+
+
+def _broadcasting_strides(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))

@@ -56,48 +56,59 @@ def summarize_rows(
     Returns:
         Name → value, maxima first.
     """
+    # All quantities at once: the tensors are small, and what costs is the number of calls on them.
     summary: dict[str, SummaryValue] = {}
-    for name, rows in maxima.items():
-        per_head = rows.masked_fill(~valid, float("-inf")).amax(dim=(0, 2))
-        summary[name] = SummaryValue(
-            per_head.amax(), per_head, "exact" if coverage == "all" else "lower_bound"
-        )
+    stacked = torch.stack(list(maxima.values())).masked_fill_(~valid, float("-inf"))
+    per_head = stacked.amax(dim=(1, 3))
+    value = per_head.amax(dim=1)
+    for i, name in enumerate(maxima):
+        summary[name] = SummaryValue(value[i], per_head[i], "exact" if coverage == "all" else "lower_bound")
+
+    measured = {name: rows for name, rows in means.items() if rows is not None}
+    stacked = torch.stack(list(measured.values()))
     weights = row_weights[:, None] * valid
-    for name, mean_rows in means.items():
-        if mean_rows is None:
-            continue
+    total = (weights * stacked).sum(dim=(1, 3))
+    count = weights.sum(dim=(0, 2))
+    count_of_all = count.sum()
+    value, per_head = total.sum(dim=1) / count_of_all, total / count
+    error = per_head_error = None
+    if coverage == "given":  # any choice at all, from which nothing follows for the other rows
+        error = torch.full_like(value, float("nan"))
+        per_head_error = torch.full_like(per_head, float("nan"))
+    elif coverage == "sampled":
+        # Heads share their rows, so their errors add up before they are squared.
+        of_all = ((stacked - value[:, None, None, None]) * valid).sum(dim=2, keepdim=True)
+        of_heads = (stacked - per_head[:, None, :, None]) * valid
+        errors = _standard_errors(torch.cat([of_all, of_heads], dim=2), row_weights)
+        error, per_head_error = errors[:, 0] / count_of_all, errors[:, 1:] / count
+    for i, name in enumerate(measured):
         kind: Kind = "exact" if coverage == "all" else "estimate"
-        if name in upper_bounds:
-            kind = "upper_bound"
-        total = (weights * mean_rows).sum(dim=(0, 2))
-        count = weights.sum(dim=(0, 2))
-        value, per_head = total.sum() / count.sum(), total / count
-        if coverage == "all":
-            summary[name] = SummaryValue(value, per_head, kind)
-        elif coverage == "given":  # any choice at all, from which nothing follows for the other rows
-            unknown = torch.full_like(per_head, float("nan"))
-            summary[name] = SummaryValue(value, per_head, kind, unknown[0], unknown)
-        else:
-            # Heads share their rows, so their errors add up before they are squared.
-            residual = valid * (mean_rows - value)
-            error = _standard_error(residual.sum(dim=1, keepdim=True), row_weights) / count.sum()
-            residual = valid * (mean_rows - per_head[:, None])
-            per_head_error = _standard_error(residual, row_weights) / count
-            summary[name] = SummaryValue(value, per_head, kind, error.squeeze(0), per_head_error)
+        summary[name] = SummaryValue(
+            value[i],
+            per_head[i],
+            "upper_bound" if name in upper_bounds else kind,
+            None if error is None else error[i],
+            None if per_head_error is None else per_head_error[i],
+        )
     return summary
 
 
-def _standard_error(residual: Tensor, row_weights: Tensor) -> Tensor:
-    """Standard error [heads] of Σ weight · residual over a sample with one row a stratum.
+def _standard_errors(residual: Tensor, row_weights: Tensor) -> Tensor:
+    """Standard errors [quantities, heads] of Σ weight · residual over a sample with one row a stratum.
 
-    The variance within a stratum is taken from the difference to the next row, as is usual for systematic
+    The variance within a stratum is half the squared difference to the next row, as is usual for systematic
     samples (Wolter 1985): too large where the residual has a trend, but far less so than the variance over
-    the whole sequence. A stratum of one row has no error.
+    the whole sequence. A stratum of one row has no error, and the last one takes the difference before it.
+
+    Args:
+        residual: [quantities, batch, heads, num_rows].
+        row_weights: [batch, num_rows], sizes of the strata.
     """
-    if residual.shape[2] > 1:
-        step = residual.diff(dim=2)
-        variance = torch.cat([step, step[:, :, -1:]], dim=2) ** 2 / 2
-    else:
-        variance = torch.full_like(residual, float("nan"))
+    if residual.shape[3] == 1:
+        return residual.new_full((residual.shape[0], residual.shape[2]), float("nan"))
     size = row_weights[:, None]
-    return torch.where(size > 1, size**2 * variance, 0.0).sum(dim=(0, 2)).sqrt()
+    factor = size * size * (size > 1)
+    last = factor[:, :, -2:].sum(dim=2, keepdim=True)
+    factor = torch.cat([factor[:, :, :-2], last], dim=2)
+    step = residual[..., 1:] - residual[..., :-1]
+    return (step * step * factor).sum(dim=(1, 3)).mul_(0.5).sqrt_()

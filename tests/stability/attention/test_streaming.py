@@ -62,6 +62,27 @@ def test_it_agrees_with_float64_at_8192_tokens(
     assert_agrees(actual, exact, largest_logit)
 
 
+@pytest.mark.parametrize("bias", [-150.0, -20.0, 0.0, 10.0], ids=["vanishing", "small", "even", "saturated"])
+@pytest.mark.parametrize("scale", [1.0, 10.0], ids=["gentle", "sharp"])
+def test_sigmoid_weights_of_every_size(bias: float, scale: float) -> None:
+    query, key = random(1, 2, 1000, 64, dtype=torch.bfloat16), random(1, 2, 1000, 64, dtype=torch.bfloat16)
+    arguments = {"mechanism": "sigmoid", "bias": bias, "scale": scale / 8}
+    actual = attention_statistics(query, key, **arguments)
+    exact = attention_statistics(query.double(), key.double(), **arguments)
+    assert_agrees(actual, exact, abs(bias) + 40 * scale)
+
+
+@pytest.mark.parametrize("mechanism", ["softmax", "sigmoid"])
+def test_equal_keys_count_once_each(mechanism: str) -> None:
+    """Ties of the largest logit, within a tile of keys and across tiles."""
+    query, key = random(1, 2, 300, 64, dtype=torch.bfloat16), random(1, 2, 300, 64, dtype=torch.bfloat16)
+    key[:, :, 150:] = key[:, :, :150]
+    key[:, :, 5] = key[:, :, 6]
+    actual = attention_statistics(query, key, mechanism=mechanism, scale=3.0)
+    exact = attention_statistics(query.double(), key.double(), mechanism=mechanism, scale=3.0)
+    assert_agrees(actual, exact, 3.0 * 150)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("head_dim", [16, 40, 128, 256])
 @pytest.mark.parametrize("tokens", [1, 63, 111])

@@ -1,4 +1,4 @@
-"""The kernel compiles for Hopper ahead of time, without a GPU, and keeps its sums in registers."""
+"""The kernel compiles for Hopper ahead of time, without a GPU, for tensor cores."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 CONSTANTS = {
     "heads": 16,
     "group": 1,
-    "head_dim": 64,
+    "HEAD_DIM": 64,
     "IS_CAUSAL": True,
     "HAS_KEY_LENGTHS": True,
     "MASK": 0,
     "HAS_SCORE_BIAS": False,
-    "SATURATED_WEIGHT": 0.99,
+    "SCALE_FIRST": False,
+    "SATURATED": 0.99,
     "BLOCK_D": 64,
     "BLOCK_ROWS": 64,
+    "BLOCK_KEYS": 64,
 }
 POINTERS = {
     "query": "*bf16",
@@ -33,20 +35,22 @@ POINTERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("is_sigmoid", "block_keys"), [(False, 128), (True, 64)])
-def test_it_compiles_for_sm_90_without_spills(is_sigmoid: bool, block_keys: int) -> None:
+@pytest.mark.parametrize("is_sigmoid", [False, True])
+def test_it_compiles_for_sm_90_without_local_arrays(is_sigmoid: bool) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from stability.attention.triton.row_moments import row_moments
+    from stability.attention.triton.row_statistics import row_statistics
 
-    constants = {**CONSTANTS, "IS_SIGMOID": is_sigmoid, "BLOCK_KEYS": block_keys}
-    names = row_moments.arg_names
+    constants = {**CONSTANTS, "IS_SIGMOID": is_sigmoid}
+    names = row_statistics.arg_names
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
     source = ASTSource(
-        row_moments, signature, constexprs={(names.index(name),): value for name, value in constants.items()}
+        row_statistics,
+        signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
     )
-    kernel = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 2})
+    kernel = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
     ptx = kernel.asm["ptx"]
     assert "wgmma" in ptx
     assert ".local" not in ptx

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from stability.attention import AttentionCall
-from stability.attention.moments import SATURATED_WEIGHT, sigmoid_moments, softmax_moments
+from stability.attention.moments import SATURATED_WEIGHT, row_quantities
 from stability.attention.rows import select_rows
-from stability.attention.streaming import stream_row_moments
+from stability.attention.streaming import stream_row_statistics
 from stability.attention.validation import logit_terms
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -51,6 +51,16 @@ CASES = {
     "sharp": {"scale": 40.0},
     "collapsed": {"scale": 4000.0},
     "flat": {"scale": 1e-6},
+    "zero scale": {"scale": 0.0},
+    "negative scale": {"scale": -2.0},
+}
+SIGMOID_CASES = {
+    "small weights": {"bias": -12.0},
+    "small weights but for a few": {"bias": -7.0, "scale": 2.0},
+    "small weights, causal": {"bias": -12.0, "is_causal": True},
+    "dominated": {"bias": -20.0, "scale": 4.0},
+    "vanishing weights": {"bias": -150.0, "scale": 2.0},
+    "saturated weights": {"bias": 20.0, "scale": 3.0},
 }
 
 
@@ -60,20 +70,27 @@ def make_call(mechanism: str, case: str) -> AttentionCall:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(DEVICE)
 
-    arguments = dict(CASES[case])
+    arguments = dict({**CASES, **SIGMOID_CASES}[case])
     query, key = random(2, 2, 34, 24), random(2, 1 if case == "grouped" else 2, 38, 24)
     if arguments.get("attn_mask") == "boolean":
         arguments["attn_mask"] = random(2, 1, 34, 38) > 0.5
     elif arguments.get("attn_mask") == "added":
         arguments["attn_mask"] = random(2, 34, 38).masked_fill_(random(2, 34, 38) > 1, -torch.inf)
-    if mechanism == "sigmoid":
+    if mechanism == "sigmoid" and case in CASES:
         arguments |= {"bias": random(2), "score_bias": random(2, 38)}
     return AttentionCall(mechanism, query.transpose(1, 2).contiguous().transpose(1, 2), key, **arguments)
 
 
 @compares
-@pytest.mark.parametrize(("case", "rows"), [*((case, None) for case in CASES), ("causal", 9), ("padded", 9)])
-@pytest.mark.parametrize("mechanism", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("mechanism", "case", "rows"),
+    [
+        (mechanism, case, rows)
+        for mechanism in ("softmax", "sigmoid")
+        for case, rows in [*((case, None) for case in CASES), ("causal", 9), ("padded", 9)]
+    ]
+    + [("sigmoid", case, None) for case in SIGMOID_CASES],
+)
 def test_it_is_the_chunked_computation(mechanism: str, case: str, rows: int | None) -> None:
     call = make_call(mechanism, case)
     terms = logit_terms(call)
@@ -83,25 +100,17 @@ def test_it_is_the_chunked_computation(mechanism: str, case: str, rows: int | No
     # The chunked computation in float64, of the same float32 inputs.
     exact_call = AttentionCall(**{**vars(call), "query": call.query.double(), "key": call.key.double()})
     exact_terms = logit_terms(exact_call)
-    scale = 1e-5 + 1e-6 * call.query.abs().max().item() * terms.scale * 24
-    if mechanism == "softmax":
-        exact, _ = softmax_moments(
-            exact_call.query, exact_call.key, exact_terms, selected, exact_spectral=False
-        )
-        actual, _ = stream_row_moments(call.query, call.key, terms, selected, saturated_weight=None)
-        names = ("max_logit", "log_sum_exp", "entropy", "trace", "frobenius", "derivative_max")
-        names += ("spectral_upper_bound", "off_diagonal_share")
-        pairs = {name: (getattr(actual, name), getattr(exact, name)) for name in names}
-    else:
-        exact_sigmoid = sigmoid_moments(exact_call.query, exact_call.key, exact_terms, selected)
-        normalised, sums = stream_row_moments(
-            call.query, call.key, terms, selected, saturated_weight=SATURATED_WEIGHT
-        )
-        streamed = (sums[0], normalised.entropy, *sums[1:])
-        pairs = dict(zip(exact_sigmoid._fields, zip(streamed, exact_sigmoid, strict=True), strict=True))
-    for name, (value, truth) in pairs.items():
+    scale = 1e-5 + 1e-6 * call.query.abs().max().item() * abs(terms.scale) * 24
+    exact = row_quantities(
+        exact_call.query, exact_call.key, call.mechanism, exact_terms, selected, exact_spectral=False
+    )
+    saturated_weight = SATURATED_WEIGHT if mechanism == "sigmoid" else None
+    actual = stream_row_statistics(call.query, call.key, terms, selected, saturated_weight=saturated_weight)
+    assert actual.keys() == exact.keys()
+    for name, value in actual.items():
+        truth = exact[name]
         tolerance = scale * truth.abs() + 1e-15
-        if name == "max_logit":
+        if name in ("max_logit", "log_sum_exp"):
             tolerance = tolerance + scale
         same = (value.double() == truth) | ((value.double() - truth).abs() <= tolerance)
         assert same.all(), (name, value[~same][:4], truth[~same][:4])
@@ -109,15 +118,16 @@ def test_it_is_the_chunked_computation(mechanism: str, case: str, rows: int | No
 
 @compares
 @pytest.mark.parametrize("mechanism", ["softmax", "sigmoid"])
-def test_nan_in_a_valid_row_comes_out(mechanism: str) -> None:
-    call = make_call(mechanism, "plain")
+@pytest.mark.parametrize("case", ["plain", "added mask"])
+def test_nan_in_a_valid_row_comes_out(case: str, mechanism: str) -> None:
+    call = make_call(mechanism, case)
     call.query[1, 1, 3, 4] = torch.nan
     terms = logit_terms(call)
     selected = select_rows(None, batch=2, tokens=34, lengths=None, device=call.query.device, seed=0)
-    moments, _ = stream_row_moments(
+    actual = stream_row_statistics(
         call.query, call.key, terms, selected, saturated_weight=0.99 if mechanism == "sigmoid" else None
     )
-    is_nan = moments.entropy.isnan()
-    assert is_nan[1, 1, 3]
-    assert is_nan.sum() == 1
-    assert moments.max_logit.isnan()[1, 1, 3]
+    for name, value in actual.items():
+        if mechanism == "softmax" or name not in ("off_diagonal_share", "saturated_share"):
+            assert value.isnan()[1, 1, 3], name
+            assert value.isnan().sum() == 1, name
