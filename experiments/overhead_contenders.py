@@ -25,6 +25,7 @@ from experiments.overhead_training import Training
 
 Watch = Callable[[Tensor], None]
 BARE = "bare"
+OFF = {"every": 0, "activations_every": 0, "details_every": 0, "attention_every": 0}
 # Importable name → the contender that needs it.
 OPTIONAL_PEERS = {
     "transformers": "transformers DebugUnderflowOverflow",
@@ -58,12 +59,17 @@ def contenders(directory: Path) -> list[Contender]:
         The contenders.
     """
     ours: dict[str, dict[str, Any]] = {
-        "idle (every=0, attention_every=0)": {"every": 0, "attention_every": 0},
+        "idle (every ..._every=0)": OFF,
         "attention_every=0": {"attention_every": 0},
         "defaults": {},
         "defaults, TensorBoard": {"log_dir": directory / "probes"},
-        "attention only: each step, all rows": {"every": 0, "attention_every": 1, "attention_rows": None},
-        "everything each step, all rows": {"attention_every": 1, "attention_rows": None},
+        "attention only: each step, all rows": {**OFF, "attention_every": 1, "attention_rows": None},
+        "everything each step, all rows": {
+            "activations_every": 1,
+            "details_every": 1,
+            "attention_every": 1,
+            "attention_rows": None,
+        },
     }
     peers: dict[str, Callable[[Training], AbstractContextManager[Watch]]] = {
         "torch get_total_norm": _total_norm,

@@ -15,6 +15,7 @@ from probes.layers import select_layers
 from probes.probe import Probe
 from probes.sinks.sink import Sink
 from probes.sinks.tensorboard import TensorBoardSink
+from probes.watch import Schedule
 from stability.divergence import Detector, default_detectors
 from stability.module_calls import layer_names
 
@@ -31,6 +32,7 @@ def attach(
     sinks: Sequence[Sink] = (),
     layers: str | Sequence[str] = "*",
     every: int = 1,
+    activations_every: int = 10,
     details_every: int = 50,
     attention_every: int | None = None,
     attention_rows: int | None = 64,
@@ -51,11 +53,11 @@ def attach(
         log_dir: Directory for TensorBoard events of this run. None keeps records in memory only.
         sinks: Further places for records, such as :class:`probes.sinks.JsonLinesSink`.
         layers: Shell-style pattern or patterns of module names, as in ``model.named_modules()``.
-        every: At each n-th optimizer step, records the norm of each layer's gradient, and of the outputs of
-            blocks and the gradients there; 0: never. Blocks are the elements of the outermost
-            ``nn.ModuleList`` or ``nn.Sequential``; of a model without, its children.
-        details_every: Of these steps, at each n-th also the outputs of every layer, largest entries,
-            non-finite counts, weights and updates; 0: never.
+        every: Records the gradient norm of every layer at each n-th optimizer step; 0: never.
+        activations_every: The same for the outputs of blocks and the gradients there. Blocks are the elements
+            of the outermost ``nn.ModuleList`` or ``nn.Sequential``; of a model without, its children.
+        details_every: The same for the outputs of every layer and the gradients there, largest entries,
+            counts of what is not finite, weights and updates.
         attention_every: The same for attention statistics. None: every 10th step of models that have
             attention. With a number, a model without attention is an error.
         attention_rows: Query rows sampled per sequence and head for attention statistics; None: all.
@@ -87,9 +89,13 @@ def attach(
     """
     optimizers = _optimizers(optimizer)
     _check_model(model)
-    _check_count("every", every, minimum=0)
-    _check_count("details_every", details_every, minimum=0)
-    _check_count("layer_jacobian_every", layer_jacobian_every, minimum=0)
+    for name, number in (
+        ("every", every),
+        ("activations_every", activations_every),
+        ("details_every", details_every),
+        ("layer_jacobian_every", layer_jacobian_every),
+    ):
+        _check_count(name, number, minimum=0)
     if attention_every is not None:
         _check_count("attention_every", attention_every, minimum=0)
     if attention_rows is not None:
@@ -103,14 +109,17 @@ def attach(
     probe = Probe(
         names,
         optimizers,
-        Delivery(sinks, default_detectors() if detectors is None else detectors, action),
+        Delivery(sinks, default_detectors() if detectors is None else detectors, action, names.values()),
         selected=selected,
-        every=every,
-        details_every=details_every,
-        attention_every=DEFAULT_ATTENTION_EVERY if attention_every is None else attention_every,
+        schedule=Schedule(
+            gradients=every,
+            activations=activations_every,
+            details=details_every,
+            attention=DEFAULT_ATTENTION_EVERY if attention_every is None else attention_every,
+            layer_jacobians=layer_jacobian_every,
+        ),
         attention_rows=attention_rows,
         is_attention_required=bool(attention_every),
-        layer_jacobian_every=layer_jacobian_every,
     )
     _open_probes[model] = probe
     probe.on_close(lambda: _open_probes.pop(model, None))

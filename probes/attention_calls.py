@@ -75,6 +75,7 @@ class AttentionCalls:
         unseen: Where it is known to be and cannot be seen, by layer and function.
         step: Optimizer step to measure; None: calls are only listed.
         is_paused: Whether calls are the probe's own and not the model's.
+        is_compiled: Whether there is compiled code that shows calls.
         tracer: Puts calls into compiled graphs.
     """
 
@@ -90,6 +91,7 @@ class AttentionCalls:
         self.unseen: dict[tuple[str, str], AttentionSite] = {}
         self.step: int | None = None
         self.is_paused = False
+        self.is_compiled = False
         self._pending = pending
         self._module_calls = module_calls
         self._selected = selected
@@ -161,11 +163,13 @@ class AttentionCalls:
 
     def see(self, function: str, place: Place, call: AttentionCall) -> None:
         """See :class:`~stability.attention.compiled.Watcher`."""
+        self.is_compiled = True
         if not in_backward():  # activation checkpointing repeats the call
             self._look_at(place, function, lambda: SeenAttention(call))
 
     def see_softmax(self, place: Place, logits: Tensor) -> None:
         """See :class:`~stability.attention.compiled.Watcher`."""
+        self.is_compiled = True
         if not in_backward():
             self._look_at(place, SOFTMAX, partial(_read_softmax, self._modules[place.layer], logits))
 

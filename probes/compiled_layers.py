@@ -27,24 +27,33 @@ _numbers = itertools.count()
 class CompiledLayers:
     """Traces what is watched of layers, for one receiver. Graphs outlive it and then show nothing.
 
-    Everything here but the constructor and ``close`` is traced itself.
+    The methods ``trace_...`` are traced themselves.
 
     Args:
         layers: Layers whose outputs are watched.
         receiver: Called whenever compiled code runs, with what the tensor is, the layer, which of its calls,
             and the tensor.
+
+    Attributes:
+        is_compiled: Whether there is compiled code that shows layers.
     """
 
     def __init__(self, layers: set[str], receiver: Receiver) -> None:
+        self.is_compiled = False
         self._layers = layers
+        self._receiver = receiver
         self._number = next(_numbers)
-        _receivers[self._number] = receiver
+        _receivers[self._number] = self._receive
         self._calls: dict[str, int] = {}
         self._has_input: dict[str, bool] = {}
 
     def close(self) -> None:
         """Forgets the receiver."""
         _receivers.pop(self._number, None)
+
+    def _receive(self, what: What, layer: str, call: int, tensor: Tensor) -> None:
+        self.is_compiled = True
+        self._receiver(what, layer, call, tensor)
 
     def trace_start(self, layer: str, inputs: object) -> None:
         """Puts the gradient at a layer's first input into the graph."""

@@ -25,9 +25,24 @@ class Delivery:
     """Hands each step's numbers to every sink and detector, one step after they were measured.
 
     By then their one asynchronous copy from the device has arrived without anyone waiting for it.
+
+    Args:
+        sinks: Where records go, beside the memory.
+        detectors: Who judges them.
+        action: What follows a verdict.
+        layers: Names of the model's layers, in its order; that of the forward pass takes its place once it is
+            known.
     """
 
-    def __init__(self, sinks: Sequence[Sink], detectors: Sequence[Detector], action: AlertAction) -> None:
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        detectors: Sequence[Detector],
+        action: AlertAction,
+        layers: Iterable[str] = (),
+    ) -> None:
+        self._forward_order = list(layers)
+        self._num_ordered = 0
         self.memory = MemorySink()
         self._sinks: list[Sink] = [self.memory, *sinks]
         self._detectors = list(detectors)
@@ -102,7 +117,7 @@ class Delivery:
         records = transfer.wait()
         for sink in list(self._sinks):
             self._try(self._sinks, sink, sink.write, records)
-        readings = _readings(records)
+        readings = self._readings(records)
         alerts: list[Alert] = []
         for detector in list(self._detectors):
             alerts += self._try(self._detectors, detector, detector.update, records.step, readings) or []
@@ -110,6 +125,24 @@ class Delivery:
             for sink in list(self._sinks):
                 self._try(self._sinks, sink, sink.write_alert, alert)
         return alerts
+
+    def _readings(self, records: StepRecords) -> dict[str, dict[str, float]]:
+        """The step as detectors read it: whole layers only, a module's later calls under their own names."""
+        readings: dict[str, dict[str, float]] = {}
+        for series, value in zip(records.series, records.values.tolist(), strict=True):
+            if series.head is None:
+                layer = f"{series.layer}/call_{series.call}" if series.call else series.layer
+                readings.setdefault(series.quantity, {})[layer] = value
+        # Detectors read forward. Outputs are measured in that order, gradients at them on the way back, and
+        # parameters in the optimizer's order. The step that measured most outputs knows it best.
+        outputs = readings.get("activation_rms", {})
+        if len(outputs) > self._num_ordered:
+            self._forward_order, self._num_ordered = list(outputs), len(outputs)
+        position = {layer: i for i, layer in enumerate(self._forward_order)}
+        return {
+            quantity: dict(sorted(values.items(), key=lambda item: position.get(item[0], -1)))
+            for quantity, values in readings.items()
+        }
 
     def _try(self, members: list[T], member: T, method: Callable[..., R], *arguments: object) -> R | None:
         """Calls a sink or detector; one that fails is dropped with a warning."""
@@ -127,19 +160,3 @@ class Delivery:
     def _act(self, alerts: Iterable[Alert]) -> None:
         for alert in alerts:
             self._action(alert)
-
-
-def _readings(records: StepRecords) -> dict[str, dict[str, float]]:
-    """The step as detectors read it: whole layers only, a module's later calls under names of their own."""
-    readings: dict[str, dict[str, float]] = {}
-    for series, value in zip(records.series, records.values.tolist(), strict=True):
-        if series.head is None:
-            layer = f"{series.layer}/call_{series.call}" if series.call else series.layer
-            readings.setdefault(series.quantity, {})[layer] = value
-    # Detectors read forward. Outputs are measured in that order, gradients at them on the way back, and
-    # parameters in the optimizer's order.
-    forward = {layer: position for position, layer in enumerate(readings.get("activation_rms", {}))}
-    return {
-        quantity: dict(sorted(values.items(), key=lambda item: forward.get(item[0], -1)))
-        for quantity, values in readings.items()
-    }

@@ -78,8 +78,6 @@ class ModuleCalls(threading.local):
         handles.callback(register_module_forward_pre_hook(self._start).remove)
         # Torch warns that such hooks see its compiled wrapper too; these look for the model's modules only.
         warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
-        # Torch warns that such hooks see its compiled wrapper too; these look for the model's modules only.
-        warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
         # always_call: a module that raises must not stay on the stack.
         handles.callback(register_module_forward_hook(self._end, with_kwargs=True, always_call=True).remove)
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("error::probes.ProbeWarning")
 
 def test_submodules_called_without_the_model_are_counted_from_zero() -> None:
     model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "decoder": nn.Linear(2, 2)})
-    with probes.attach(model) as probe:
+    with probes.attach(model, activations_every=1) as probe:
         for _ in range(3):
             model["decoder"](model["encoder"](torch.rand(1, 2))).sum().backward()
             probe.step()
@@ -49,7 +49,7 @@ def test_hooks_on_parameters_and_inputs_do_not_pile_up() -> None:
             return self.head(x + self.positions())
 
     model, x = Model(), torch.rand(3, 2, requires_grad=True)
-    with probes.attach(model) as probe:
+    with probes.attach(model, activations_every=1) as probe:
         for _ in range(4):
             model(x).sum().backward()
             probe.step()
@@ -139,7 +139,7 @@ def test_a_step_that_a_scaler_skips_is_marked_and_no_divergence(fused: bool) -> 
     model = nn.Sequential(nn.Linear(2, 1, bias=False))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    with probes.attach(model, optimizer) as probe:
+    with probes.attach(model, optimizer, activations_every=1) as probe:
         for factor in (1.0, math.inf, 1.0):
             scaler.scale(model(torch.tensor([[3.0, 4.0]])).sum() * factor).backward()
             scaler.step(optimizer)
@@ -183,7 +183,7 @@ def test_a_running_loss_is_recorded_as_it_was() -> None:
 def test_a_json_lines_file_cut_short_is_continued(tmp_path: Path) -> None:
     path, model = tmp_path / "run.jsonl", nn.Linear(1, 1)
     for resumed in (False, True):
-        with probes.attach(model, sinks=[JsonLinesSink(path)]) as probe:
+        with probes.attach(model, sinks=[JsonLinesSink(path)], activations_every=1) as probe:
             if resumed:
                 probe.load_state_dict({**probe.state_dict(), "step": 2})
             for _ in range(2):

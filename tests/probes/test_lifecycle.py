@@ -198,7 +198,8 @@ class TestLettingGo:
 
     def test_switched_off_it_hooks_no_module(self) -> None:
         model, optimizer = linear()
-        with probes.attach(model, optimizer, every=0, attention_every=0) as probe:
+        off = {"every": 0, "activations_every": 0, "details_every": 0, "attention_every": 0}
+        with probes.attach(model, optimizer, **off) as probe:
             assert not torch_module._global_forward_hooks
             one_step(model, optimizer, torch.ones(1, 2))
             probe.log(loss=1.0)
@@ -238,10 +239,10 @@ class TestFailuresWhileTraining:
         def broken(*arguments: object) -> None:
             raise RuntimeError("bug")
 
-        monkeypatch.setattr("probes.probe.measure_gradients", broken)
+        monkeypatch.setattr("probes.watch.measure_gradients", broken)
         model, optimizer = linear()
         with pytest.warns(probes.ProbeWarning, match="measuring gradients failed at step 0") as caught:
-            with probes.attach(model, optimizer) as probe:
+            with probes.attach(model, optimizer, activations_every=1) as probe:
                 for _ in range(3):
                     one_step(model, optimizer, torch.ones(1, 2))
         assert len(caught) == 1

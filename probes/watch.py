@@ -1,0 +1,308 @@
+"""What is measured, and when: every hook of one probe, and its clock, the optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from probes.activations import Activations
+from probes.attention_calls import AttentionCalls
+from probes.compiled_layers import CompiledLayers, What
+from probes.delivery import ProbeWarning
+from probes.grad_scaler import observe_grad_scaler
+from probes.layer_jacobians import measure_layer_jacobian
+from probes.layers import activation_layers, outermost_blocks, parameter_layers
+from probes.optimizer_state import OptimizerState
+from probes.parameter_gradients import measure_gradients
+from probes.pending import Pending
+from probes.record import ALL_LAYERS, Series
+from stability.module_calls import ModuleCalls, in_backward
+
+SKIPPED_STEP = Series(ALL_LAYERS, "skipped_step")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """At each how many steps something is measured; 0: never. See :func:`probes.attach`.
+
+    Attributes:
+        gradients: Gradient norms of parameters.
+        activations: Outputs of blocks and the gradients there.
+        details: Outputs of every layer, largest entries, counts, weights and updates.
+        attention: Attention statistics.
+        layer_jacobians: Jacobians of whole layers.
+    """
+
+    gradients: int
+    activations: int
+    details: int
+    attention: int
+    layer_jacobians: int
+
+
+class Watch:
+    """Measures a model's training steps.
+
+    Args:
+        names: Name of every module, the model first.
+        optimizers: Those whose steps end a step; without any, ``end_step`` is called from outside.
+        selected: Layers that are watched.
+        schedule: When.
+        attention_rows: Query rows sampled per sequence, or None for all.
+        before_step_ends: Called before the last optimizer steps; may raise.
+        after_step: Called with a step that has ended and its measurements; may raise.
+
+    Attributes:
+        step: Steps that have ended.
+        attention: The attention calls.
+        pending: Measurements of the step under way.
+    """
+
+    def __init__(
+        self,
+        names: dict[nn.Module, str],
+        optimizers: Sequence[Optimizer],
+        *,
+        selected: set[str],
+        schedule: Schedule,
+        attention_rows: int | None,
+        before_step_ends: Callable[[], None],
+        after_step: Callable[[int, Pending], None],
+    ) -> None:
+        self.step = 0
+        self.pending = Pending()
+        self._optimizers = tuple(optimizers)
+        self._schedule = schedule
+        self._before_step_ends = before_step_ends
+        self._after_step = after_step
+        self._selected = selected
+        self._layer_of = parameter_layers(names)
+        self._layers = activation_layers(names, selected)
+        self._blocks = {names[module] for module in outermost_blocks(next(iter(names)))} & selected
+        self._measured_layers: set[str] = set()
+        self._activations = Activations(self.pending, self._guard)
+        self._optimizer_state = OptimizerState(
+            {parameter: layer for parameter, layer in self._layer_of.items() if layer in selected}
+        )
+        self._module_calls = ModuleCalls(names, self._before_module, self._after_module)
+        self.attention = AttentionCalls(
+            self.pending, self._module_calls, selected, attention_rows, self._guard
+        )
+        self._compiled_layers = CompiledLayers(self._layers | self._blocks, self._see_compiled)
+        self._sees_attention = bool(schedule.attention or schedule.layer_jacobians)
+        self._module_calls.tracers = (
+            (self._compiled_layers, self.attention) if self._sees_attention else (self._compiled_layers,)
+        )
+        self._stepped: set[Optimizer] = set()
+        self._in_scaler_step = False
+        self._is_optimizer_called = False
+        self._jacobians_measured: set[str] = set()
+        self._is_measuring_jacobian = False
+        self._failed: set[str] = set()
+        self._module_hooks = ExitStack()
+        self._are_modules_hooked = False
+
+    def install(self, handles: ExitStack) -> None:
+        """Hooks everything; ends when ``handles`` closes."""
+        handles.callback(self._let_go)
+        handles.callback(self._compiled_layers.close)
+        if self._sees_attention:
+            self.attention.install(handles)
+        handles.enter_context(
+            observe_grad_scaler(self._after_scaling, self._before_scaler_step, self._after_scaler_step)
+        )
+        for optimizer in self._optimizers:
+            handles.callback(optimizer.register_step_pre_hook(self._before_optimizer).remove)
+            handles.callback(optimizer.register_step_post_hook(self._after_optimizer).remove)
+        self.begin_step(0)
+
+    def begin_step(self, step: int) -> None:
+        """Decides what the step that begins now records."""
+        self.step = step
+        schedule = self._schedule
+        self._is_recorded = _is_due(step, schedule.gradients)
+        self._is_detailed = _is_due(step, schedule.details)
+        self._activations.is_detailed = self._is_detailed
+        self._measured_layers = set()
+        if self._is_detailed:
+            self._measured_layers = self._layers | self._blocks
+        elif _is_due(step, schedule.activations):
+            self._measured_layers = self._blocks
+        self._is_jacobian_due = _is_due(step, schedule.layer_jacobians)
+        self.attention.step = step if _is_due(step, schedule.attention) else None
+        self._jacobians_measured.clear()
+        self._stepped.clear()
+        self._hook_modules(
+            bool(self._measured_layers) or self._is_jacobian_due or self.attention.step is not None
+        )
+
+    def end_step(self) -> None:
+        """Hands the step's measurements over and begins the next."""
+        self._activations.end_step()
+        step, pending = self.step, self.pending.take()
+        self.begin_step(step + 1)
+        self._after_step(step, pending)  # last, since it may raise what the user asked it to
+
+    def measure_gradients(self) -> None:
+        """Measures the gradients of all parameters, where no optimizer says when."""
+        if self._is_recorded or self._is_detailed:
+            self._guard("gradients", self._measure_gradients, self._layer_of, None)
+
+    def _let_go(self) -> None:
+        self._module_hooks.close()
+        self._activations.end_step()
+
+    def _hook_modules(self, is_needed: bool) -> None:
+        """Hooks or unhooks modules: following them costs more than a step that measures none of them may.
+
+        In compiled code the hooks stay, or there would be a second graph without them.
+        """
+        is_needed = is_needed or self.attention.is_compiled or self._compiled_layers.is_compiled
+        if is_needed and not self._are_modules_hooked:
+            self._module_calls.install(self._module_hooks)
+        elif not is_needed:
+            self._module_hooks.close()
+        self._are_modules_hooked = is_needed
+
+    def _before_module(self, module: nn.Module, name: str, args: tuple) -> None:
+        if self._is_measuring_jacobian or not torch.is_grad_enabled():  # validation is not recorded
+            return
+        if len(self._module_calls.running) == 1 and not in_backward():  # the outermost call, whatever it is
+            self._activations.start_forward()
+            self.attention.start_forward()
+        if name in self._measured_layers:
+            self._guard(f"inputs of {name}", self._activations.see_input, name, args)
+
+    def _after_module(self, module: nn.Module, name: str, args: tuple, kwargs: dict, output: object) -> None:
+        if self._is_measuring_jacobian or not torch.is_grad_enabled() or output is None:
+            return
+        if name in self._measured_layers:
+            self._guard(f"outputs of {name}", self._activations.see_output, name, output)
+        if self._sees_attention:
+            self.attention.end_module(name)
+        if (
+            self._is_jacobian_due
+            and (name, 0) in self.attention.sites
+            and name not in self._jacobians_measured
+        ):
+            self._jacobians_measured.add(name)
+            self._is_measuring_jacobian = self.attention.is_paused = True
+            try:
+                self._guard(
+                    "layer Jacobians", measure_layer_jacobian, self.pending, name, module, args, kwargs
+                )
+            finally:
+                self._is_measuring_jacobian = self.attention.is_paused = False
+
+    def _see_compiled(self, what: What, layer: str, call: int, tensor: Tensor) -> None:
+        if layer not in self._measured_layers:
+            return
+        if what != "output":
+            self._guard("gradients", self._measure_compiled_gradient, what, layer, call, tensor)
+        elif not in_backward():  # activation checkpointing runs the layer again
+            self._guard(f"outputs of {layer}", self._activations.measure_output, layer, call, tensor)
+
+    def _measure_compiled_gradient(self, what: What, layer: str, call: int, gradient: Tensor) -> None:
+        if what == "gradient at input":
+            series = [Series(layer, "_input_grad_norm", call=call)]
+        else:
+            has_input = what == "gradient at output, with input"
+            series = self._activations.output_gradient_series(layer, call, has_input=has_input)
+        self._activations.measure_gradient(gradient, series)
+
+    def _after_scaling(self, factor: Tensor) -> None:
+        self._activations.loss_factor = factor
+
+    def _before_scaler_step(self, optimizer: Optimizer) -> None:
+        self._in_scaler_step, self._is_optimizer_called = True, False
+
+    def _after_scaler_step(self, optimizer: Optimizer) -> None:
+        self._in_scaler_step = False
+        if optimizer not in self._optimizers or self._is_optimizer_called:
+            return
+        if self._is_measured(optimizer):
+            self._guard("gradients", self._measure_gradients, _parameters(optimizer), None)
+        self.pending.add_number(SKIPPED_STEP, 1.0)
+        self._finish(optimizer)
+
+    def _before_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self._is_optimizer_called = True
+        if len(self._stepped | {optimizer}) == len(self._optimizers):
+            self._before_step_ends()
+        if not self._is_measured(optimizer):
+            return
+        if self._in_scaler_step:
+            # A fused optimizer is called in any case, and told on the device whether to step.
+            found_inf = getattr(optimizer, "found_inf", None)
+            if found_inf is None:
+                self.pending.add_number(SKIPPED_STEP, 0.0)
+            else:
+                self.pending.add(SKIPPED_STEP, (found_inf > 0).double())
+        has_closure = _has_closure(args, kwargs)
+        if not has_closure:
+            # A GradScaler leaves unscaling to optimizers that are fused.
+            grad_scale = getattr(optimizer, "grad_scale", None)
+            self._guard("gradients", self._measure_gradients, _parameters(optimizer), grad_scale)
+        if self._is_detailed:
+            before = self._optimizer_state.before
+            self._guard("weights", before, self.pending, optimizer, has_closure=has_closure)
+
+    def _after_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if self._is_measured(optimizer):
+            if _has_closure(args, kwargs):  # the closure has just computed the gradients
+                self._guard("gradients", self._measure_gradients, _parameters(optimizer), None)
+            if self._is_detailed:
+                self._guard("updates", self._optimizer_state.after, self.pending, optimizer)
+        self._finish(optimizer)
+
+    def _finish(self, optimizer: Optimizer) -> None:
+        self._stepped.add(optimizer)
+        if len(self._stepped) == len(self._optimizers):
+            self.end_step()
+
+    def _measure_gradients(self, parameters: Iterable[Tensor], grad_scale: Tensor | None) -> None:
+        measure_gradients(
+            self.pending,
+            self._layer_of,
+            self._selected,
+            parameters,
+            grad_scale,
+            is_detailed=self._is_detailed,
+        )
+
+    def _is_measured(self, optimizer: Optimizer) -> bool:
+        """Of an optimizer that steps several times before the others do (a critic), the first step counts."""
+        return (self._is_recorded or self._is_detailed) and optimizer not in self._stepped
+
+    def _guard(self, what: str, measure: Callable[..., None], *arguments: object, **options: object) -> None:
+        """Runs a measurement; one that fails is given up with a warning, the training goes on."""
+        if what in self._failed:
+            return
+        try:
+            measure(*arguments, **options)
+        except Exception as error:
+            self._failed.add(what)
+            warnings.warn(
+                f"measuring {what} failed at step {self.step} and is given up; training goes on: {error!r}",
+                ProbeWarning,
+                stacklevel=2,
+            )
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _has_closure(args: tuple, kwargs: dict) -> bool:
+    """Whether ``optimizer.step(closure)`` was called; ``args`` begins with the optimizer itself."""
+    return any(callable(argument) for argument in (*args[1:], *kwargs.values()))
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
