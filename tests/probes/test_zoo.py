@@ -62,7 +62,8 @@ def train(
     """Losses and gradients of five steps of AdamW, dropout included."""
     torch.manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    probe = probes.attach(model, optimizer, attention_every=attention_every) if watched else None
+    periods = {"activations_every": 1, "details_every": 1, "attention_every": attention_every}
+    probe = probes.attach(model, optimizer, **periods) if watched else None
     trace = []
     for batch in batches:
         loss = model(**batch)[0].square().mean()
