@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from probes.delivery import ProbeWarning
 from probes.pending import Pending
-from probes.record import Series
+from probes.record import Kind, Series
 from stability.attention.by_hand import is_attention_softmax, is_named_for_attention
 from stability.attention.call import AttentionCall
 from stability.attention.compiled import Place, Tracer
@@ -250,9 +250,15 @@ class AttentionCalls:
     def _measure(self, place: Place, seen: SeenAttention, step: int) -> None:
         # Each step has its own rows, the same ones in every run.
         for quantity, summary in seen.statistics(self._rows, seed=step).summarize().items():
-            series = Series(place.layer, f"attention/{quantity}", call=place.call, kind=summary.kind)
+            series, heads = _names(place, quantity, summary.kind, summary.per_head.shape[0])
             self._pending.add(series, summary.value, summary.standard_error)
-            self._pending.add(series, summary.per_head, summary.per_head_standard_error, per_head=True)
+            self._pending.add_each(heads, summary.per_head, summary.per_head_standard_error)
+
+
+@lru_cache(maxsize=2**12)
+def _names(place: Place, quantity: str, kind: Kind, num_heads: int) -> tuple[Series, tuple[Series, ...]]:
+    series = Series(place.layer, f"attention/{quantity}", call=place.call, kind=kind)
+    return series, tuple(series._replace(head=head) for head in range(num_heads))
 
 
 def _site(place: Place, function: str, seen: SeenAttention) -> AttentionSite:

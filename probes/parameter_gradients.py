@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,13 +42,19 @@ def measure_gradients(
         if parameter.grad is not None and parameter in layer_of:
             layers.append(layer_of[parameter])
             gradients.append(_dense_values(parameter.grad))
-    for layer, gradient, norm in zip(layers, gradients, tensor_norms(gradients), strict=True):
-        unscaled = norm if grad_scale is None else norm / grad_scale.to(norm.device, non_blocking=True)
+    norms = tensor_norms(gradients)
+    by_device: dict[torch.device, list[int]] = {}
+    for index, norm in enumerate(norms):
+        by_device.setdefault(norm.device, []).append(index)
+    for device, indices in by_device.items():
+        unscaled = torch.stack([norms[index] for index in indices])
+        if grad_scale is not None:
+            unscaled /= grad_scale.to(device, non_blocking=True)
+        pending.add_each([_norm_series(layers[i], layers[i] in selected) for i in indices], unscaled)
+    if not is_detailed:
+        return
+    for layer, gradient, norm in zip(layers, gradients, norms, strict=True):
         if layer not in selected:
-            pending.add(Series(layer, "_other_grad_norm"), unscaled)
-            continue
-        pending.add(Series(layer, "grad_norm"), unscaled)
-        if not is_detailed:
             continue
         largest = max_abs(gradient)
         pending.add(
@@ -55,6 +62,11 @@ def measure_gradients(
             largest if grad_scale is None else largest / grad_scale.to(largest.device, non_blocking=True),
         )
         pending.add(Series(layer, "nonfinite_count"), _nonfinite_count(gradient, norm))
+
+
+@lru_cache(maxsize=2**14)
+def _norm_series(layer: str, is_selected: bool) -> Series:
+    return Series(layer, "grad_norm" if is_selected else "_other_grad_norm")
 
 
 def _dense_values(gradient: Tensor) -> Tensor:

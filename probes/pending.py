@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -11,18 +12,17 @@ import torch
 from torch import Tensor
 
 from probes.quantities import reduction_of, root_sum_of_squares
-from probes.record import ALL_LAYERS, Kind, Series, StepRecords
+from probes.record import ALL_LAYERS, Series, StepRecords
 
 GLOBAL_GRAD_NORM = Series(ALL_LAYERS, "grad_norm")
 
 
 class Measurement(NamedTuple):
-    """One tensor on its way to the host: 0-d for a layer, [heads] when ``per_head``; times ``factor``."""
+    """A tensor on its way to the host, one name an entry; to be multiplied by the factor there."""
 
-    series: Series
+    series: Sequence[Series]
     tensor: Tensor
     factor: float
-    per_head: bool
     is_standard_error: bool
 
 
@@ -54,22 +54,24 @@ class Pending:
         return taken
 
     def add(
-        self,
-        series: Series,
-        value: Tensor,
-        standard_error: Tensor | None = None,
-        *,
-        factor: float = 1.0,
-        per_head: bool = False,
+        self, series: Series, value: Tensor, standard_error: Tensor | None = None, *, factor: float = 1.0
     ) -> None:
-        """Adds one measurement; several of one series are joined by their quantity's reduction.
+        """Adds one 0-d measurement; several of one series are joined by their quantity's reduction.
 
         A series whose quantity begins with an underscore serves ratios only and is not recorded. The factor
         is applied on the host, where it launches no kernel.
         """
-        self.measurements.append(Measurement(series, value, factor, per_head, False))
+        self.measurements.append(Measurement((series,), value, factor, False))
         if standard_error is not None:
-            self.measurements.append(Measurement(series, standard_error, factor, per_head, True))
+            self.measurements.append(Measurement((series,), standard_error, factor, True))
+
+    def add_each(
+        self, series: Sequence[Series], values: Tensor, standard_errors: Tensor | None = None
+    ) -> None:
+        """Adds a measurement for each entry of ``values`` [len(series)]."""
+        self.measurements.append(Measurement(series, values, 1.0, False))
+        if standard_errors is not None:
+            self.measurements.append(Measurement(series, standard_errors, 1.0, True))
 
     def add_number(self, series: Series, value: float) -> None:
         """Adds a number that is on the host already."""
@@ -102,28 +104,34 @@ class Transfer:
 
     def wait(self) -> StepRecords:
         """The step's records. Waits for the copy if it has not arrived; one step later it has."""
-        values: dict[Series, list[float]] = {}
+        # Most series have one part. Lists for them would be thousands of objects a step, which Python's
+        # garbage collector goes through: they are made for the others only.
+        joined: dict[Series, float] = {}
+        parts: dict[Series, list[float]] = {}
         errors: dict[Series, list[float]] = {}
-        kinds: dict[Series, Kind] = {}
-        for measurement, numbers in zip(self._pending.measurements, self._numbers(), strict=True):
-            series, _, factor, per_head, is_standard_error = measurement
-            if series.kind != "exact":
-                # Parts of different kinds (all rows of a short batch, a sample of a long one) are one series.
-                kind, series = series.kind, _exact(series)
-                for name in (series, *(_of_head(series, head) for head in range(per_head * len(numbers)))):
-                    kinds[name] = kind
-            target = errors if is_standard_error else values
-            if per_head:
-                for head, number in enumerate(numbers):
-                    target.setdefault(_of_head(series, head), []).append(number * factor)
-            else:
-                target.setdefault(series, []).append(numbers[0] * factor)
+        labelled: dict[Series, Series] = {}
+        for (names, _, factor, is_standard_error), numbers in zip(
+            self._pending.measurements, self._numbers(), strict=True
+        ):
+            for series, number in zip(names, numbers, strict=True):
+                name = series
+                if series.kind != "exact":
+                    # Parts of different kinds (all rows of a short batch, a sample of a long one) are joined.
+                    name = _exact(series)
+                    labelled[name] = series
+                if is_standard_error:
+                    errors.setdefault(name, []).append(number * factor)
+                elif name not in joined:
+                    joined[name] = number * factor
+                else:
+                    parts.setdefault(name, [joined[name]]).append(number * factor)
         for series, number in self._pending.numbers:
-            values.setdefault(series, []).append(number)
-        joined = {
-            series: parts[0] if len(parts) == 1 else reduction_of(series.quantity)(parts)
-            for series, parts in values.items()
-        }
+            if series in joined:
+                parts.setdefault(series, [joined[series]]).append(number)
+            else:
+                joined[series] = number
+        for series, numbers in parts.items():
+            joined[series] = reduction_of(series.quantity)(numbers)
         for result, numerator, denominator in self._pending.ratios:
             # A gradient of zero on both sides has no ratio.
             if joined.get(denominator) and numerator in joined:
@@ -136,7 +144,7 @@ class Transfer:
         error_of = {s: root_sum_of_squares(parts) / len(parts) for s, parts in errors.items()}
         return StepRecords(
             self.step,
-            tuple(s._replace(kind=kinds[s]) if s in kinds else s for s in recorded),
+            tuple(labelled.get(series, series) for series in recorded),
             np.array(list(recorded.values()), dtype=np.float64),
             np.array([error_of.get(series, math.nan) for series in recorded], dtype=np.float64),
         )
@@ -149,21 +157,15 @@ class Transfer:
                 arrived.synchronize()
             everything, start = host.tolist(), 0
             for index in order:
-                end = start + self._pending.measurements[index].tensor.numel()
+                end = start + len(self._pending.measurements[index].series)
                 numbers[index] = everything[start:end]
                 start = end
         return numbers
 
 
-# Names are made at every step anew; a model has some thousands of them.
 @lru_cache(maxsize=2**16)
 def _exact(series: Series) -> Series:
     return series._replace(kind="exact")
-
-
-@lru_cache(maxsize=2**16)
-def _of_head(series: Series, head: int) -> Series:
-    return series._replace(head=head)
 
 
 def _copy_to_host(device: torch.device, groups: list[list[Tensor]]) -> tuple[Tensor, torch.cuda.Event | None]:

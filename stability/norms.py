@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,9 +47,18 @@ def tensor_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
         fused = torch._foreach_norm([tensors[i] for i in on_gpu], 2, dtype=torch.float64)
         for i, norm in zip(on_gpu, fused, strict=True):
             norms[i] = norm
+    on_cpu = [i for i, tensor in enumerate(tensors) if tensor.device.type == "cpu"]
+    short = [i for i in on_cpu if tensors[i].dtype is torch.float32 and tensors[i].numel() <= _LONGEST_SUM]
+    if short:
+        together = torch.stack(torch._foreach_norm([tensors[i] for i in short], 2)).double()
+        # Reading a CPU scalar waits for nothing, so the second pass is made only where it is needed.
+        for i, norm, value in zip(short, together.unbind(), together.tolist(), strict=True):
+            norms[i] = norm if _SMALLEST_SAFE_NORM < value < math.inf else _rescaled_norm(tensors[i])
+    for i in set(on_cpu).difference(short):
+        norms[i] = _norm_on_cpu(tensors[i])
     for i, tensor in enumerate(tensors):
-        if tensor.device.type != "cuda":
-            norms[i] = _norm_on_cpu(tensor) if tensor.device.type == "cpu" else _rescaled_norm(tensor)
+        if tensor.device.type not in ("cpu", "cuda"):
+            norms[i] = _rescaled_norm(tensor)
     return norms
 
 
@@ -75,8 +85,7 @@ def _norm_on_cpu(tensor: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(torch.stack(parts).double())
     else:
         norm = torch.linalg.vector_norm(tensor, dtype=dtype).double()
-    # Reading a CPU scalar waits for nothing, so the second pass is made only where it is needed.
-    return norm if _SMALLEST_SAFE_NORM < norm.item() < float("inf") else _rescaled_norm(tensor)
+    return norm if _SMALLEST_SAFE_NORM < norm.item() < math.inf else _rescaled_norm(tensor)
 
 
 def _rescaled_norm(tensor: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics
+from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings, Severity
@@ -58,7 +59,7 @@ class GradientExplosionDetector:
         self._thresholds = (math.log(warning_ratio), math.log(divergence_ratio))
         self._window = window
         self._min_history = min_history
-        self._history: dict[str, deque[float]] = {}
+        self._history: dict[str, _RunningMedian] = {}
         self._reported = 0  # severities already reported in this episode
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
@@ -68,11 +69,13 @@ class GradientExplosionDetector:
         for layer, norm in readings.get("grad_norm", {}).items():
             if layer == ALL_LAYERS or not 0 < norm < math.inf:
                 continue  # NonFiniteDetector speaks of these; a gradient of zero has no logarithm
-            history = self._history.setdefault(layer, deque(maxlen=self._window))
+            history = self._history.get(layer)
+            if history is None:
+                history = self._history[layer] = _RunningMedian(self._window)
             log_norm = math.log(norm)
             level = 0
             if len(history) >= self._min_history:
-                reference = statistics.median(history)
+                reference = history.median()
                 num_judged += 1
                 level = sum(log_norm - reference >= threshold for threshold in self._thresholds)
                 if level and level >= worst:  # the last such layer is the one nearest to the loss
@@ -92,12 +95,38 @@ class GradientExplosionDetector:
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
-        history = {layer: list(values) for layer, values in self._history.items()}
+        history = {layer: list(median.values) for layer, median in self._history.items()}
         return {"history": history, "reported": self._reported}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
         self._history = {
-            layer: deque(values, maxlen=self._window) for layer, values in state["history"].items()
+            layer: _RunningMedian(self._window, values) for layer, values in state["history"].items()
         }
         self._reported = state["reported"]
+
+
+class _RunningMedian:
+    """Median of the last values; in sorted order too, since it is asked for at every step and layer."""
+
+    def __init__(self, window: int, values: Iterable[float] = ()) -> None:
+        self.values: deque[float] = deque()
+        self._window = window
+        self._sorted: list[float] = []
+        for value in values:
+            self.append(value)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def append(self, value: float) -> None:
+        if len(self.values) == self._window:
+            del self._sorted[bisect_left(self._sorted, self.values.popleft())]
+        self.values.append(value)
+        insort(self._sorted, value)
+
+    def median(self) -> float:
+        middle = len(self._sorted) // 2
+        if len(self._sorted) % 2:
+            return self._sorted[middle]
+        return (self._sorted[middle - 1] + self._sorted[middle]) / 2

@@ -1,4 +1,4 @@
-"""Vision models of timm and torchvision, where these are installed: training untouched, every attention found."""
+"""Vision models of timm and torchvision, where installed: training untouched, every attention found."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TIMM: list[tuple[str, dict[str, Any], int, set[str]]] = [
         {SDPA, SOFTMAX},
     ),
     ("vit_relpos_small_patch16_224", {"depth": 2, "img_size": 32, "patch_size": 8}, 2, {SDPA}),
-    ("mixer_s32_224", {"img_size": 32, "patch_size": 8}, 0, set()),
+    ("mixer_s32_224", {"img_size": 32}, 0, set()),
     ("convnext_atto", {"depths": (1, 1, 1, 1)}, 0, set()),
     ("resnet18", {}, 0, set()),
 ]
