@@ -13,9 +13,10 @@ the loop's back edge (ptxas then serialises every wgmma, warning C7514), so PV i
 The consumers take turns (ping-pong): named barrier 8 + i lets consumer i issue its matrix products, and it hands
 the turn on at once, so their σ phases spread out instead of falling together and leaving the tensor cores idle.
 
-Padding. Tiles past a query length load nothing and write zeros; the key loop ends at the key length. In the last
-block, weights of padded keys are set to zero, and so are padded rows of V in shared memory: 0 × NaN is NaN.
-All consumers write the same zeros before their own PV, so they need not wait for each other.
+Masks. Key blocks are visited from the last to the first: the one that a key length or the causal diagonal cuts
+comes first, ahead of the loop, which therefore masks nothing. Tiles past a query length load nothing and write
+zeros. In the cut block, weights of padded keys are set to zero, and so are padded rows of V in shared memory:
+0 × NaN is NaN. All consumers write the same zeros before their own PV, so they need not wait for each other.
 """
 
 import torch
@@ -102,7 +103,8 @@ def _produce(
                     query_full,
                     queries.index(consumer).reshape(query.block_shape),
                 )
-        for block in range(blocks):
+        for visit in range(blocks):
+            block = blocks - 1 - visit
             stage = step % STAGES
             phase = (step // STAGES) & 1
             mbarrier.wait(key_empty.index(stage), phase ^ 1)
@@ -125,32 +127,28 @@ def _produce(
 
 
 @gluon.jit
-def _weights(
-    s, a, b, score_bias, row, column, keys, tokens_k,
-    MODE: gl.constexpr, IS_CAUSAL: gl.constexpr, HAS_LENGTHS: gl.constexpr,
-):  # fmt: skip
-    """Attention weights of scores s [rows, keys] whose first row and key are `row` and `column`."""
-    layout: gl.constexpr = s.type.layout
-    BLOCK_K: gl.constexpr = s.shape[1]
-    key = column + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
+def _weights(s, a, b, score_bias, column, tokens_k, MODE: gl.constexpr):
+    """Attention weights of scores s [rows, keys] whose first key is `column`."""
     if score_bias is None:
         w = gl.fma(s, a, b)
     else:
+        key = column + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
         added = gl.load(score_bias + key, mask=key < tokens_k, other=0.0)
         unit, _ = logit_coefficients(1.0, 0.0, MODE)
         w = gl.fma(s, a, gl.fma(added, unit, b)[None, :])
-    p = sigmoid(w, MODE)
-    if IS_CAUSAL or HAS_LENGTHS:
-        on_edge = column + BLOCK_K > keys
-        if IS_CAUSAL:
-            on_edge |= column + BLOCK_K > row + 1
-        if on_edge:
-            allowed = (key < keys)[None, :]
-            if IS_CAUSAL:
-                query = row + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout))
-                allowed = allowed & (query[:, None] >= key[None, :])
-            p = gl.where(allowed, p, 0.0)
-    return p
+    return sigmoid(w, MODE)
+
+
+@gluon.jit
+def _mask(p, row, column, keys, IS_CAUSAL: gl.constexpr):
+    """Zeros the weights [rows, keys] of keys from `keys` on and, if causal, of keys after the query."""
+    layout: gl.constexpr = p.type.layout
+    key = column + gl.arange(0, p.shape[1], gl.SliceLayout(0, layout))
+    allowed = (key < keys)[None, :]
+    if IS_CAUSAL:
+        query = row + gl.arange(0, p.shape[0], gl.SliceLayout(1, layout))
+        allowed = allowed & (query[:, None] >= key[None, :])
+    return gl.where(allowed, p, 0.0)
 
 
 @gluon.jit
@@ -175,6 +173,8 @@ def _consume(
     dtype: gl.constexpr = queries.dtype
     BLOCK_K: gl.constexpr = keys.shape[1]
     HEAD_DIM: gl.constexpr = keys.shape[2]
+    if IS_CAUSAL:
+        gl.static_assert(CONSUMERS * ROWS <= BLOCK_K, "the diagonal has to cut one block only")
     NEXT: gl.constexpr = (CONSUMER + 1) % CONSUMERS
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -213,11 +213,18 @@ def _consume(
             _pass_turn(NEXT)
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(key_empty.index(stage), count=1)
-            p = _weights(s, a, b, added, row, 0, valid, tokens_k, MODE, IS_CAUSAL, HAS_LENGTHS)
+            column = (blocks - 1) * BLOCK_K
+            p = _weights(s, a, b, added, column, tokens_k, MODE)
+            if IS_CAUSAL or HAS_LENGTHS:
+                p = _mask(p, row, column, valid, IS_CAUSAL)
+            if HAS_LENGTHS:
+                if column + BLOCK_K > valid:
+                    mbarrier.wait(value_full.index(stage), (step // STAGES) & 1)
+                    _clear_padding(values.index(stage), valid - column)
             after = step + 1
             mbarrier.wait(key_full.index(after % STAGES), (after // STAGES) & 1, pred=blocks > 1)
             p = gl.convert_layout(p.to(dtype), weight_operand)
-            for block in range(1, blocks):
+            for visit in range(1, blocks):
                 value_stage = step % STAGES
                 value_phase = (step // STAGES) & 1
                 step += 1
@@ -231,12 +238,10 @@ def _consume(
                 _pass_turn(NEXT)
                 s = warpgroup_mma_wait(1, deps=(s,))
                 mbarrier.arrive(key_empty.index(stage), count=1)
-                weights = _weights(
-                    s, a, b, added, row, block * BLOCK_K, valid, tokens_k, MODE, IS_CAUSAL, HAS_LENGTHS
-                )
+                weights = _weights(s, a, b, added, (blocks - 1 - visit) * BLOCK_K, tokens_k, MODE)
                 after = step + 1
                 mbarrier.wait(
-                    key_full.index(after % STAGES), (after // STAGES) & 1, pred=block + 1 < blocks
+                    key_full.index(after % STAGES), (after // STAGES) & 1, pred=visit + 1 < blocks
                 )
                 acc = warpgroup_mma_wait(0, deps=(acc,))
                 mbarrier.arrive(value_empty.index(value_stage), count=1)
@@ -245,9 +250,6 @@ def _consume(
                 mbarrier.arrive(query_empty, count=1)
             stage = step % STAGES
             mbarrier.wait(value_full.index(stage), (step // STAGES) & 1)
-            if HAS_LENGTHS:
-                if blocks * BLOCK_K > valid:
-                    _clear_padding(values.index(stage), valid - (blocks - 1) * BLOCK_K)
             acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(value_empty.index(stage), count=1)
@@ -362,7 +364,7 @@ def forward(
         [batch, heads, tokens_q, head_dim] in the memory order of ``query``.
     """
     batch, heads, tokens_q, head_dim = query.shape
-    blocks = forward_blocks(head_dim)
+    blocks = forward_blocks(head_dim, is_causal, score_bias is not None)
     output = torch.empty_like(query)
     blocks_q = -(-tokens_q // (64 * blocks.consumers))
     tiles = blocks_q * batch * heads

@@ -131,7 +131,9 @@ def backward(
         *_bias_strides(bias, score_bias), 0 if is_packed else heads * key.shape[2], key.shape[2],
         BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages, **constants,
     )  # fmt: skip
-    block_q, block_k, num_warps, num_stages = (QUERIES_TILES_FLOAT32 if is_float32 else QUERIES_TILES)[tile_dim]
+    block_q, block_k, num_warps, num_stages = (QUERIES_TILES_FLOAT32 if is_float32 else QUERIES_TILES)[
+        tile_dim
+    ]
     num_blocks = triton.cdiv(tokens_q, block_q)
     sigmoid_backward_queries[(num_blocks * batch * heads,)](
         *pointers, grad_query,

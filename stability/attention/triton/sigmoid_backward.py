@@ -97,7 +97,7 @@ def sigmoid_backward_keys(
             to_q = clear if PART == 0 else whole if PART == 1 else end
             for start in range(from_q, to_q, BLOCK_Q):
                 rows = start + columns
-                offset = start.to(tl.int64)
+                offset = tl.cast(start, tl.int64)
                 q = load_tile(q_tile + offset * query_stride_t, rows, end, HEAD_DIM, BLOCK_D, PART != 1)
                 products = tl.dot(k, tl.trans(q), input_precision="ieee")
                 do = load_tile(
@@ -181,7 +181,7 @@ def sigmoid_backward_queries(
     for IS_BOUNDARY in tl.static_range(2):
         for start in range(clear if IS_BOUNDARY else 0, end if IS_BOUNDARY else clear, BLOCK_K):
             keys = start + columns
-            offset = start.to(tl.int64)
+            offset = tl.cast(start, tl.int64)
             k = load_tile(k_tile + offset * key_stride_t, keys, end, HEAD_DIM, BLOCK_D, IS_BOUNDARY)
             products = tl.dot(q, tl.trans(k), input_precision="ieee")
             v = load_tile(v_tile + offset * value_stride_t, keys, end, VALUE_DIM, BLOCK_V, IS_BOUNDARY)

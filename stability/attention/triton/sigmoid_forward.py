@@ -73,7 +73,7 @@ def sigmoid_forward(
     for IS_BOUNDARY in tl.static_range(2):
         for start in range(clear if IS_BOUNDARY else 0, end if IS_BOUNDARY else clear, BLOCK_K):
             keys = start + columns
-            offset = start.to(tl.int64)
+            offset = tl.cast(start, tl.int64)
             k = load_tile(k_tile + offset * key_stride_t, keys, end, HEAD_DIM, BLOCK_D, IS_BOUNDARY)
             products = tl.dot(q, tl.trans(k), input_precision="ieee")
             if score_bias is not None:

@@ -40,7 +40,7 @@ def compile_ahead(
     num_warps: int,
     num_stages: int,
 ) -> Compiled:
-    """Compiles for sm_`capability`; strides and pointers are multiples of 16, as torch's tensors mostly are."""
+    """Compiles for sm_`capability`; strides and pointers are multiples of 16, as torch's mostly are."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -92,7 +92,8 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int, str]:
         ).stdout
     registers = re.search(r"Used (\d+) registers", report)
     spilled = re.search(r"(\d+) bytes spill stores", report)
-    assert registers and spilled, report
+    assert registers, report
+    assert spilled, report
     return int(registers[1]), int(spilled[1]), disassembly
 
 
