@@ -177,9 +177,13 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-@torch.compiler.assume_constant_result
 def _machine_reason(device_type: str, index: int | None) -> str | None:
     return _cached_machine_reason(device_type, index)
+
+
+# What torch.compiler.assume_constant_result sets: compiled graphs take the machine as it is. That function
+# itself would import dynamo, and with it Triton, at `import stability`.
+_machine_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -61,8 +61,8 @@ def differentiate_twice(
 @cache
 def _warn_of_the_cost() -> None:
     warnings.warn(
-        "Second derivatives of sigmoid_attention are computed by the reference implementation: time and memory "
-        "are those of the tokens_q × tokens_k matrix, several times over. This is said once.",
+        "Second derivatives of sigmoid_attention go through the reference. Their time and "
+        "memory are those of the tokens_q × tokens_k matrix, several times over. This is said once.",
         stacklevel=2,
     )
 

@@ -144,8 +144,8 @@ def _(*tensors: Any, needs_statistics: bool, **options: Any) -> tuple[Tensor, Te
 @torch.library.custom_op(
     "stability::sigmoid_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_output, {_TENSORS}, *, {_OPTIONS}, bool needs_bias_grad, bool needs_score_bias_grad) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad_output, {_TENSORS}, *, {_OPTIONS}, bool needs_bias_grad, "
+    "bool needs_score_bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
     grad_output: Tensor,
@@ -249,7 +249,12 @@ def _prepare(
         is_fast=is_fast,
         needs_statistics=needs_statistics,
     )
-    arguments = {"scale": scale, **operands.logit_arguments, "is_causal": is_causal, "is_fast": is_fast}
+    arguments: dict[str, Any] = {
+        "scale": scale,
+        **operands.logit_arguments,
+        "is_causal": is_causal,
+        "is_fast": is_fast,
+    }
     if chosen == "hopper":
         from stability.attention import hopper
 

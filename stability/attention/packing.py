@@ -39,7 +39,7 @@ class Packing:
         return self.key_offsets.diff().clamp(0, self.max_tokens_k)
 
     def pad_queries(self, packed: Tensor) -> Tensor:
-        """[1, heads, total_tokens, dim] → [sequences, heads, max_tokens_q, dim]; padding holds any finite row."""
+        """[1, heads, total_tokens, dim] → [sequences, heads, max_tokens_q, dim]; padding holds other rows."""
         return _pad(packed, self.query_offsets, self.max_tokens_q)
 
     def pad_keys(self, packed: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Packing:
         return _pad(packed, self.key_offsets, self.max_tokens_k)
 
     def unpad_queries(self, padded: Tensor, total_tokens: int) -> Tensor:
-        """[sequences, heads, max_tokens_q, dim] → [1, heads, total_tokens, dim]; zeros outside the sequences."""
+        """[sequences, heads, max_tokens_q, dim] → [1, heads, total_tokens, dim]; zeros outside of them."""
         tokens = torch.arange(total_tokens, device=padded.device)
         # Which sequence a token belongs to: as many as have ended at or before it.
         sequence = torch.searchsorted(self.query_offsets[1:].contiguous(), tokens, right=True)
@@ -85,7 +85,8 @@ def check_offsets(name: str, offsets: Tensor, packed: Tensor) -> Tensor:
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
         if offsets[0] != 0 or offsets[-1] > total_tokens or bool((offsets.diff() < 0).any()):
             raise ValueError(
-                f"`{name}` must rise from 0 to at most the {total_tokens} tokens there are; got {offsets.tolist()}."
+                f"`{name}` must rise from 0 to at most the {total_tokens} tokens there are; "
+                f"got {offsets.tolist()}."
             )
         return offsets.long()
     return offsets.long().clamp(0, total_tokens)

@@ -43,8 +43,8 @@ def sigmoid_attention_varlen(
         query: [total_tokens_q, heads, head_dim], floating point.
         key: [total_tokens_k, heads, head_dim]; fewer heads with `enable_gqa`.
         value: [total_tokens_k, heads, value_dim]; the key's heads.
-        cu_seqlens_q: [sequences + 1] integers on the query's device, 0 first and never falling. Checked on the
-            CPU, clamped to the tokens there are on other devices.
+        cu_seqlens_q: [sequences + 1] integers on the query's device, 0 first and never falling. Checked on
+            the CPU, clamped to the tokens there are on other devices.
         cu_seqlens_k: Likewise for key and value.
         max_seqlen_q: Queries of the longest sequence, or more. Those beyond it would not be computed.
         max_seqlen_k: Keys of the longest sequence, or more.

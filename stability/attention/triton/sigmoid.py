@@ -26,8 +26,8 @@ from stability.attention.triton.sigmoid_forward import sigmoid_forward
 
 Tile = tuple[int, int, int, int]  # queries and keys of a block, warps, stages
 
-# By the head dimension rounded up to a power of two. Chosen so that no loop spills and that 99 KiB of shared
-# memory are enough (compute capability 8.6); tests/stability/attention/triton/test_compiles.py holds them to it.
+# By the head dimension rounded up to a power of two. Chosen so that no loop spills and 99 KiB of shared
+# memory suffice (compute capability 8.6); tests/stability/attention/triton/test_compiles.py holds them to it.
 FORWARD_TILES: dict[int, Tile] = {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)}
 KEYS_TILES: dict[int, Tile] = {64: (32, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)}
 QUERIES_TILES: dict[int, Tile] = {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 8, 2)}
@@ -71,7 +71,7 @@ def forward(
         scale, query.shape[1], num_blocks, tokens_q, key.shape[2],
         *_strides(query, packing), *_strides(key, packing), *_strides(value, packing),
         *_strides(output, packing)[:3], *_bias_strides(bias, score_bias),
-        *((0, 0) if row_sum is None else (0 if packing is not None else row_sum.stride(0), row_sum.stride(1))),
+        *((0, 0) if row_sum is None else _strides(row_sum, packing)[:2]),
         BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,
         **_constants(query, key, value, is_causal, is_fast),
     )  # fmt: skip
@@ -110,11 +110,9 @@ def backward(
     grad_value = empty_like_tokens(value, value_dim, is_zeroed=is_packed)
     is_float32 = query.dtype is torch.float32
     tile_dim = _tile_dim(query, value)
-    pointers = (
-        grad_output, query, key, value,
-        *_logit_pointers(bias, score_bias, key_lengths, query_lengths, packing),
-    )  # fmt: skip
-    strides = [step for tensor in pointers[:4] for step in _strides(tensor, packing)]
+    inputs = (grad_output, query, key, value)
+    pointers = (*inputs, *_logit_pointers(bias, score_bias, key_lengths, query_lengths, packing))
+    strides = [step for tensor in inputs for step in _strides(tensor, packing)]
     constants = _constants(query, key, value, is_causal, is_fast)
 
     block_q, block_k, num_warps, num_stages = (KEYS_TILES_FLOAT32 if is_float32 else KEYS_TILES)[tile_dim]
@@ -173,8 +171,10 @@ def _strides(tensor: Tensor, packing: Packing | None) -> tuple[int, ...]:
 
 
 def _bias_strides(bias: Tensor, score_bias: Tensor | None) -> tuple[int, int, int]:
-    is_shared = score_bias is None or score_bias.shape[0] == 1
-    return *bias.stride(), 0 if is_shared else score_bias.stride(0)
+    stride_b, stride_h = bias.stride()
+    if score_bias is None or score_bias.shape[0] == 1:
+        return stride_b, stride_h, 0
+    return stride_b, stride_h, score_bias.stride(0)
 
 
 def _constants(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, is_fast: bool) -> dict[str, Any]:

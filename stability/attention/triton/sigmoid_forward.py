@@ -1,7 +1,7 @@
 """Forward pass of sigmoid attention, O = σ(scale · Q Kᵀ + bias) V, in one pass over the keys.
 
-Weights need no normalisation, so nothing is carried from block to block but the output: no running maximum, no
-denominator, no rescaling.
+Weights need no normalisation, so nothing is carried from block to block but the output: no running maximum,
+no denominator, no rescaling.
 """
 
 from __future__ import annotations

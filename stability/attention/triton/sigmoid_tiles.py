@@ -6,8 +6,8 @@ The sigmoid in three methods, chosen by what the inputs can show (largest relati
     FLOAT32  the same with the product −x log₂e in two parts       5e-7
     TANH     ½ + ½ tanh(x/2), tanh.approx: one instruction less    absolute error 2e-6, so σ(−12) is noise
 
-Padding is silenced where it is loaded: a padded query, key, value or gradient row is read as zeros whatever it
-holds, and a product with zeros adds nothing. Only the causal order needs a mask on the weights themselves.
+Padding is silenced where it is loaded: a padded query, key, value or gradient row is read as zeros whatever
+it holds, and a product with zeros adds nothing. Only the causal order needs a mask on the weights themselves.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def sigmoid(z, METHOD: tl.constexpr):
 
 @triton.jit
 def extent(batch, tokens, lengths, offsets):
-    """First token, stored tokens and valid tokens of a sequence: padded to `tokens`, or packed by `offsets`."""
+    """First, stored and valid tokens of a sequence that is padded to `tokens` or packed by `offsets`."""
     first = tl.cast(0, tl.int64)
     stored = tokens
     if offsets is not None:

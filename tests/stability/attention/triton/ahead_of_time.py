@@ -1,4 +1,4 @@
-"""Compiles a kernel for a GPU that is not there, and reads registers, spills and loops from its machine code."""
+"""Compiles a kernel for a GPU that is not there; reads registers, spills and loops from the machine code."""
 
 from __future__ import annotations
 
