@@ -152,7 +152,7 @@ def _mask(p, row, column, keys, IS_CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def _clear_padding(values, valid):
+def clear_padding(values, valid):
     """Zeros the rows of a block of V from `valid` on."""
     WIDTH: gl.constexpr = values.shape[1] // 8
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDTH, WIDTH], [4, 1], [1, 0])
@@ -220,7 +220,7 @@ def _consume(
             if HAS_LENGTHS:
                 if column + BLOCK_K > valid:
                     mbarrier.wait(value_full.index(stage), (step // STAGES) & 1)
-                    _clear_padding(values.index(stage), valid - column)
+                    clear_padding(values.index(stage), valid - column)
             after = step + 1
             mbarrier.wait(key_full.index(after % STAGES), (after // STAGES) & 1, pred=blocks > 1)
             p = gl.convert_layout(p.to(dtype), weight_operand)

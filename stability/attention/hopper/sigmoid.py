@@ -62,25 +62,8 @@ def _extreme(instruction: str, operands: list[str], chains: int = 4) -> str:
     return "\n".join(lines)
 
 
-def _accurate(elements: int) -> str:
-    """PTX for cσ of ``elements`` logits w = log₂(ceˣ): outputs $0…, inputs after them."""
-    outputs = [f"${i}" for i in range(elements)]
-    inputs = [f"${elements + i}" for i in range(elements)]
-    low = [
-        f"ex2.approx.ftz.f32 e, {w}; neg.ftz.f32 t, e; fma.rn.ftz.f32 {p}, t, e, e;"
-        for p, w in zip(outputs, inputs, strict=True)
-    ]
-    half_ln2 = math.log(2) / 2
-    high = [
-        f"fma.rn.ftz.f32 t, {w}, {_float(half_ln2)}, {_float(-_OFFSET * half_ln2)}; tanh.approx.f32 t, t; "
-        f"fma.rn.ftz.f32 {p}, t, {_float(CURVATURE / 2)}, {_float(CURVATURE / 2)};"
-        for p, w in zip(outputs, inputs, strict=True)
-    ]
-    mixed = [
-        f"neg.ftz.f32 t, {w}; ex2.approx.ftz.f32 t, t; add.ftz.f32 t, t, {_float(1 / CURVATURE)}; "
-        f"rcp.approx.ftz.f32 {p}, t;"
-        for p, w in zip(outputs, inputs, strict=True)
-    ]
+def _cases(inputs: list[str], low: list[str], high: list[str], mixed: list[str]) -> str:
+    """PTX that runs the case in which a warp's ``inputs`` fall; the votes keep every branch uniform."""
     newline = "\n"
     return f"""{{
     .reg .pred c; .reg .b32 m<4>; .reg .b32 n; .reg .f32 e, t;
@@ -103,13 +86,69 @@ def _accurate(elements: int) -> str:
     }}"""
 
 
-def _constraints(elements: int) -> str:
-    return ",".join(["=&f"] * elements + ["f"] * elements)
+def _accurate(elements: int) -> str:
+    """PTX for cσ of ``elements`` logits w = log₂(ceˣ): outputs $0…, inputs after them."""
+    outputs = [f"${i}" for i in range(elements)]
+    inputs = [f"${elements + i}" for i in range(elements)]
+    low = [
+        f"ex2.approx.ftz.f32 e, {w}; neg.f32 t, e; fma.rn.ftz.f32 {p}, t, e, e;"
+        for p, w in zip(outputs, inputs, strict=True)
+    ]
+    half_ln2 = math.log(2) / 2
+    high = [
+        f"fma.rn.ftz.f32 t, {w}, {_float(half_ln2)}, {_float(-_OFFSET * half_ln2)}; tanh.approx.f32 t, t; "
+        f"fma.rn.ftz.f32 {p}, t, {_float(CURVATURE / 2)}, {_float(CURVATURE / 2)};"
+        for p, w in zip(outputs, inputs, strict=True)
+    ]
+    mixed = [
+        f"neg.f32 t, {w}; ex2.approx.ftz.f32 t, t; add.ftz.f32 t, t, {_float(1 / CURVATURE)}; "
+        f"rcp.approx.ftz.f32 {p}, t;"
+        for p, w in zip(outputs, inputs, strict=True)
+    ]
+    return _cases(inputs, low, high, mixed)
+
+
+def _accurate_with_slope(elements: int) -> str:
+    """PTX for cσ (outputs $0…) and cσ(1 − σ) (the next) of ``elements`` logits w = log₂(ceˣ)."""
+    weights = [f"${i}" for i in range(elements)]
+    slopes = [f"${elements + i}" for i in range(elements)]
+    inputs = [f"${2 * elements + i}" for i in range(elements)]
+    half_ln2 = math.log(2) / 2
+    triples = list(zip(weights, slopes, inputs, strict=True))
+    low = [
+        f"ex2.approx.ftz.f32 e, {w}; neg.f32 t, e; fma.rn.ftz.f32 e, t, e, e; mov.f32 {p}, e; "
+        f"fma.rn.ftz.f32 {slope}, t, e, e;"
+        for p, slope, w in triples
+    ]
+    high = [
+        f"fma.rn.ftz.f32 t, {w}, {_float(half_ln2)}, {_float(-_OFFSET * half_ln2)}; tanh.approx.f32 t, t; "
+        f"fma.rn.ftz.f32 {p}, t, {_float(CURVATURE / 2)}, {_float(CURVATURE / 2)}; mul.ftz.f32 t, t, t; "
+        f"fma.rn.ftz.f32 {slope}, t, {_float(-CURVATURE / 4)}, {_float(CURVATURE / 4)};"
+        for p, slope, w in triples
+    ]
+    mixed = [
+        f"neg.f32 t, {w}; ex2.approx.ftz.f32 t, t; add.ftz.f32 t, t, {_float(1 / CURVATURE)}; "
+        f"rcp.approx.ftz.f32 e, t; mov.f32 {p}, e; mul.ftz.f32 t, e, {_float(-1 / CURVATURE)}; "
+        f"fma.rn.ftz.f32 {slope}, t, e, e;"
+        for p, slope, w in triples
+    ]
+    return _cases(inputs, low, high, mixed)
+
+
+def _constraints(elements: int, results: int = 1) -> str:
+    return ",".join(["=&f"] * (elements * results) + ["f"] * elements)
 
 
 GROUP = gl.constexpr(32)
 _ACCURATE_ASM = gl.constexpr(_accurate(32))
 _ACCURATE_CONSTRAINTS = gl.constexpr(_constraints(32))
+_FAST_SLOPE_ASM = gl.constexpr(
+    "{ .reg .f32 t; tanh.approx.f32 t, $2; fma.rn.ftz.f32 $0, t, 0f3F000000, 0f3F000000; neg.f32 t, $0; "
+    "fma.rn.ftz.f32 $1, t, $0, $0; }"
+)
+SLOPE_GROUP = gl.constexpr(32)
+_SLOPE_ASM = gl.constexpr(_accurate_with_slope(32))
+_SLOPE_CONSTRAINTS = gl.constexpr(_constraints(32, 2))
 
 
 @gluon.jit
@@ -136,4 +175,16 @@ def sigmoid(w, MODE: gl.constexpr):
         return gl.fma(t, 0.5, 0.5)
     return gl.inline_asm_elementwise(
         _ACCURATE_ASM, _ACCURATE_CONSTRAINTS, [w], gl.float32, is_pure=True, pack=GROUP
+    )
+
+
+@gluon.jit
+def sigmoid_and_slope(w, MODE: gl.constexpr):
+    """σ and σ(1 − σ), both over `output_factor`; the slope's relative error in `low` is twice that of σ."""
+    if MODE == FAST:
+        return gl.inline_asm_elementwise(
+            _FAST_SLOPE_ASM, "=&f,=&f,f", [w], (gl.float32, gl.float32), is_pure=True, pack=1
+        )
+    return gl.inline_asm_elementwise(
+        _SLOPE_ASM, _SLOPE_CONSTRAINTS, [w], (gl.float32, gl.float32), is_pure=True, pack=SLOPE_GROUP
     )
