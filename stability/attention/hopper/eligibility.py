@@ -10,8 +10,8 @@ HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def _layout_problem(name: str, tensor: torch.Tensor) -> str | None:
-    """TMA reads blocks whose rows are contiguous and start on 16-byte boundaries."""
+def layout_problem(name: str, tensor: torch.Tensor) -> str | None:
+    """Why TMA cannot read this, or None. Rows have to be contiguous and to start on 16-byte boundaries."""
     if tensor.stride(3) != 1:
         return f"{name}'s last axis is not contiguous (stride {tensor.stride(3)})"
     size = tensor.element_size()
@@ -20,8 +20,17 @@ def _layout_problem(name: str, tensor: torch.Tensor) -> str | None:
     return None
 
 
-def can_run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+def can_run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    score_bias: torch.Tensor | None = None,
+    **_: object,
+) -> str | None:
     """Why the Hopper kernels cannot take these tensors [batch, heads, tokens, head_dim], or None if they can.
+
+    Takes every argument of `forward`, and looks at those that matter.
 
     >>> import torch
     >>> query = torch.empty(1, 2, 16, 64, dtype=torch.bfloat16, device="meta")
@@ -44,7 +53,9 @@ def can_run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str 
     if key.shape[1] != query.shape[1]:
         return f"{query.shape[1]} query heads share {key.shape[1]} key heads"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        problem = _layout_problem(name, tensor)
+        problem = layout_problem(name, tensor)
         if problem is not None:
             return problem
+    if score_bias is not None and score_bias.stride(1) != 1:
+        return f"score_bias's last axis is not contiguous (stride {score_bias.stride(1)})"
     return None

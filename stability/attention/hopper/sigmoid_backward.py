@@ -1,4 +1,4 @@
-"""Sigmoid attention backward for Hopper, key-stationary: dK, dV and, if asked, dQ in one pass over the queries.
+"""Sigmoid attention backward for Hopper, key-stationary: dK, dV and, if asked, dQ in one pass over queries.
 
 With P = σ(S) and dS = dP ∘ P ∘ (1 − P):  dV = PᵀdO,  dK = scale·dSᵀQ,  dQ = scale·dS·K,  where dP = dO Vᵀ.
 No row statistics are needed from the forward: sigmoid rows have no normaliser.
@@ -30,7 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .forward import clear_padding
+from stability.attention.layout import empty_like_tokens
+
+from .sigmoid_forward import clear_padding
+from .eligibility import layout_problem
 from .launch import descriptor
 from .sigmoid import ACCURATE, CURVATURE, FAST, logit_coefficients, output_factor, sigmoid_and_slope
 
@@ -364,8 +367,11 @@ def backward(
         raise NotImplementedError("the deterministic two-pass backward follows")
     batch, heads, tokens_q, head_dim = query.shape
     tokens_k = key.shape[2]
-    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
-    accumulated = torch.zeros_like(query, dtype=torch.float32)
+    if layout_problem("grad_output", grad_output) is not None:
+        grad_output = empty_like_tokens(query, head_dim).copy_(grad_output)
+    grad_key, grad_value = empty_like_tokens(key, head_dim), empty_like_tokens(value, head_dim)
+    grad_query = empty_like_tokens(query, head_dim)
+    accumulated = torch.zeros_like(grad_query, dtype=torch.float32)
     row_sums = None
     if needs_bias_grad or needs_score_bias_grad:
         row_sums = torch.empty(batch, heads, tokens_k, dtype=torch.float32, device=query.device)
@@ -398,7 +404,6 @@ def backward(
         maxnreg=168,
     )
     factor = scale if is_fast else scale / CURVATURE
-    grad_query = torch.empty_like(query)
     torch.mul(accumulated, factor, out=grad_query)
     grad_bias = row_sums.sum(2) if needs_bias_grad else None
     grad_score_bias = None

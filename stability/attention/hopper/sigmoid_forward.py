@@ -30,6 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from stability.attention.layout import empty_like_tokens
+
 from .blocks import forward_blocks
 from .launch import descriptor, multiprocessors
 from .sigmoid import ACCURATE, FAST, logit_coefficients, output_factor, sigmoid
@@ -365,7 +367,7 @@ def forward(
     """
     batch, heads, tokens_q, head_dim = query.shape
     blocks = forward_blocks(head_dim, is_causal, score_bias is not None)
-    output = torch.empty_like(query)
+    output = empty_like_tokens(query, head_dim)
     blocks_q = -(-tokens_q // (64 * blocks.consumers))
     tiles = blocks_q * batch * heads
     sigmoid_forward[(min(tiles, multiprocessors(query.device)),)](
