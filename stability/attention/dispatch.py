@@ -32,6 +32,7 @@ Implementation = Literal["auto", "hopper", "triton", "reference"]
 Precision = Literal["accurate", "fast"]
 
 MAX_HEAD_DIM = 256
+_IMPLEMENTATIONS, _PRECISIONS = get_args(Implementation), get_args(Precision)
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -56,8 +57,8 @@ class Explanation:
 def check_choice(implementation: str, precision: str) -> None:
     """Checks the two names a caller chooses by."""
     for name, given, valid in (
-        ("implementation", implementation, get_args(Implementation)),
-        ("precision", precision, get_args(Precision)),
+        ("implementation", implementation, _IMPLEMENTATIONS),
+        ("precision", precision, _PRECISIONS),
     ):
         if given not in valid:
             raise ValueError(f"`{name}` must be one of {', '.join(map(repr, valid))}; got {given!r}.")
@@ -157,8 +158,10 @@ def why_not_hopper(
         return "it takes no packed sequences (cumulative lengths)"
     if needs_statistics:
         return "it computes no statistics of the rows"
-    from stability.attention import hopper
-
+    try:
+        from stability.attention import hopper
+    except (ImportError, AttributeError) as error:  # Gluon's interface changes from release to release
+        return f"it does not fit the installed Triton ({error})"
     return hopper.can_run(query, key, value, **arguments)
 
 

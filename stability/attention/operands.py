@@ -66,7 +66,9 @@ def make_operands(
     else:
         bias = torch.full((), bias, dtype=torch.float32, device=query.device)
     batch = query.shape[0] if packing is None else packing.query_offsets.shape[0] - 1
-    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape).expand(batch, query.shape[1], 1, 1)[:, :, 0, 0]
+    if bias.ndim:
+        bias = bias.flatten(-3)  # [heads, 1, 1] or [batch, 1 or heads, 1, 1]
+    bias = bias.expand(batch, query.shape[1])
     score_bias = terms.score_bias
     if score_bias is not None:
         score_bias = score_bias[:, 0, 0].float()

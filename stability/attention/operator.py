@@ -269,5 +269,5 @@ def _prepare(
 
 
 def _empty_statistics(query: Tensor, needs_statistics: bool) -> tuple[Tensor, Tensor]:
-    shape = query.shape[:3] if needs_statistics else (0,)
-    return query.new_zeros(shape, dtype=torch.float32), query.new_zeros(shape, dtype=torch.float32)
+    make, shape = (query.new_zeros, query.shape[:3]) if needs_statistics else (query.new_empty, (0,))
+    return make(shape, dtype=torch.float32), make(shape, dtype=torch.float32)

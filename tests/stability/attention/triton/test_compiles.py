@@ -1,10 +1,12 @@
-"""The kernel compiles for Hopper ahead of time, without a GPU, and keeps its sums in registers."""
+"""The streaming kernel compiles for Hopper without a GPU and keeps its sums in registers."""
 
 from __future__ import annotations
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+from tests.stability.attention.triton.ahead_of_time import compile_ahead
+
+pytest.importorskip("triton", reason="Triton is not installed")
 
 CONSTANTS = {
     "heads": 16,
@@ -28,25 +30,21 @@ POINTERS = {
     "score_bias": "*bf16",
     "bias": "*fp32",
     "output": "*fp32",
-    "scale": "fp32",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("is_sigmoid", "block_keys"), [(False, 128), (True, 64)])
 def test_it_compiles_for_sm_90_without_spills(is_sigmoid: bool, block_keys: int) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from stability.attention.triton.row_moments import row_moments
 
-    constants = {**CONSTANTS, "IS_SIGMOID": is_sigmoid, "BLOCK_KEYS": block_keys}
-    names = row_moments.arg_names
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
-    source = ASTSource(
-        row_moments, signature, constexprs={(names.index(name),): value for name, value in constants.items()}
+    compiled = compile_ahead(
+        row_moments,
+        POINTERS,
+        {**CONSTANTS, "IS_SIGMOID": is_sigmoid, "BLOCK_KEYS": block_keys},
+        capability=90,
+        num_warps=4,
+        num_stages=2,
     )
-    kernel = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 2})
-    ptx = kernel.asm["ptx"]
-    assert "wgmma" in ptx
-    assert ".local" not in ptx
+    assert "wgmma" in compiled.ptx
+    assert compiled.spilled_bytes == 0
