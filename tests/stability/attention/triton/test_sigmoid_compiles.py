@@ -40,7 +40,7 @@ OPTIONAL = {
 }
 
 
-def compile_variant(name: str, dtype: str, head_dim: int, variant: str, capability: int) -> Compiled:
+def compile_variant(name: str, dtype: str, head_dim: int, capability: int, **variant: Any) -> Compiled:
     from stability.attention.triton import sigmoid
 
     is_float32 = dtype == "fp32"
@@ -55,7 +55,7 @@ def compile_variant(name: str, dtype: str, head_dim: int, variant: str, capabili
     constants = {
         "GROUP": 1, "HEAD_DIM": head_dim, "VALUE_DIM": head_dim, "BLOCK_D": block_dim, "BLOCK_V": block_dim,
         "BLOCK_Q": block_q, "BLOCK_K": block_k, "IS_CAUSAL": False, "METHOD": int(is_float32),
-        **VARIANTS[variant],
+        **variant,
     }  # fmt: skip
     asked = constants.pop("optional", ())
     constants |= {name: None for group, names in OPTIONAL.items() if group not in asked for name in names}
@@ -75,7 +75,7 @@ def compile_variant(name: str, dtype: str, head_dim: int, variant: str, capabili
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("name", KERNELS)
 def test_half_precision_loops_do_not_spill(name: str, head_dim: int, variant: str, capability: int) -> None:
-    compiled = compile_variant(name, "bf16", head_dim, variant, capability)
+    compiled = compile_variant(name, "bf16", head_dim, capability, **VARIANTS[variant])
     assert compiled.num_products > 0
     assert compiled.registers <= 255
     assert compiled.loop_spills == 0
@@ -85,19 +85,27 @@ def test_half_precision_loops_do_not_spill(name: str, head_dim: int, variant: st
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", KERNELS)
 def test_float32_multiplies_without_tensor_cores(name: str, head_dim: int) -> None:
-    compiled = compile_variant(name, "fp32", head_dim, "plain", 80)
+    compiled = compile_variant(name, "fp32", head_dim, 80)
     assert "mma." not in compiled.ptx  # TF32 would keep 10 bits
     assert compiled.spilled_bytes == 0
     assert compiled.shared_memory <= SHARED_MEMORY[80]
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_arguments_that_are_one_are_compiled_in(name: str) -> None:
+    ones = ("tokens_q", "tokens_k", "heads", "num_blocks", "bias_stride_b", "bias_stride_h")
+    for is_causal in (False, True):
+        compile_variant(name, "fp16", 64, 90, IS_CAUSAL=is_causal, **dict.fromkeys(ones, 1))
+
+
 @pytest.mark.skipif(OTHER_TRITON is None, reason="STABILITY_OTHER_TRITON names no folder with another Triton")
 def test_with_the_other_triton() -> None:
-    """In a process of its own, where the other Triton comes first."""
+    """In a process of its own, where the other Triton comes first; without the variants, which take long."""
     assert OTHER_TRITON is not None
     environment = {name: value for name, value in os.environ.items() if name != "STABILITY_OTHER_TRITON"}
     path = os.pathsep.join([OTHER_TRITON, environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", str(Path(__file__))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    command += ["-k", "plain or compiled_in"]
     result = subprocess.run(
         command, env={**environment, "PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
