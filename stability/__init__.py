@@ -1,6 +1,6 @@
 """The mathematics of training stability: attention mechanisms, their Jacobians, bounds and divergence."""
 
-from stability.attention import AttentionCall, sigmoid_attention, softmax_attention
+from stability.attention import AttentionCall, sigmoid_attention, sigmoid_attention_varlen, softmax_attention
 from stability.attention.replacement import replace_attention
 from stability.attention.statistics import AttentionStatistics, attention_statistics
 from stability.bounds import (
@@ -35,6 +35,7 @@ __all__ = [
     "layer_jacobian_norms",
     "replace_attention",
     "sigmoid_attention",
+    "sigmoid_attention_varlen",
     "sigmoid_jacobian",
     "sigmoid_jacobian_norms",
     "softmax_attention",

@@ -1,22 +1,26 @@
-"""The two attention functions users call, and the one place from which calls can be observed."""
+"""The two attention functions users call, and what explains the choice between their implementations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from stability.attention import reference
+from stability.attention.autocast import cast_under_autocast, without_autocast
 from stability.attention.call import AttentionCall
-from stability.attention.validation import check_dropout, check_value, logit_terms
-
-Observer = Callable[[AttentionCall], None]
-
-SIGMOID_IMPLEMENTATIONS = {"reference": reference.sigmoid_attention}
-
-_observers: list[tuple[Observer, Observer | None]] = []
+from stability.attention.dispatch import (
+    Explanation,
+    Implementation,
+    Precision,
+    check_choice,
+    choose,
+    why_not_triton,
+)
+from stability.attention.observers import notify
+from stability.attention.operands import make_operands
+from stability.attention.operator import attend, choose_kernel
+from stability.attention.validation import LogitTerms, check_dropout, check_value, logit_terms
 
 
 def softmax_attention(
@@ -64,11 +68,12 @@ def softmax_attention(
         Vaswani et al. 2017 (arXiv 1706.03762), equation 1.
 
     Example:
+        >>> import torch
         >>> query, key, value = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 3, 4), torch.eye(3)[None, None]
         >>> softmax_attention(query, key, value, key_lengths=[2])
         tensor([[[[0.5000, 0.5000, 0.0000]]]])
     """
-    query, key, value = _cast_under_autocast(query, key, value)
+    query, key, value = cast_under_autocast(query, key, value)
     call = AttentionCall(
         mechanism="softmax",
         query=query,
@@ -80,7 +85,10 @@ def softmax_attention(
         key_lengths=key_lengths,
         query_lengths=query_lengths,
     )
-    return _compute(reference.softmax_attention, call, value, dropout_p)
+    terms = _check(call, value, dropout_p)
+    notify(call)
+    with without_autocast(query):
+        return reference.softmax_attention(query, key, value, terms, dropout_p)
 
 
 def sigmoid_attention(
@@ -97,12 +105,17 @@ def sigmoid_attention(
     query_lengths: Tensor | Sequence[int] | None = None,
     bias: float | Tensor | None = None,
     score_bias: Tensor | None = None,
-    implementation: str = "auto",
+    implementation: Implementation = "auto",
+    precision: Precision = "accurate",
 ) -> Tensor:
     """Sigmoid attention: every weight is decided on its own, without normalisation over the keys.
 
     Formula: σ(scale · Q Kᵀ + attn_mask + score_bias + bias) V. The default bias −ln n makes the weights of a
     row sum to about 1 where the logits are near 0. Precision and autocast as in :func:`softmax_attention`.
+
+    On CUDA a kernel computes it in O(tokens) memory wherever one can; the rule is in
+    `stability.attention.dispatch`, and :func:`stability.attention.explain` says what it makes of a call.
+    Second derivatives go through the reference, with a warning.
 
     Args:
         query: [batch, heads, tokens_q, head_dim], floating point.
@@ -122,27 +135,30 @@ def sigmoid_attention(
             −ln(max(key_lengths, 1)) per sequence, or −ln tokens_k without lengths: the same for all rows of a
             sequence, causal or not.
         score_bias: Per-key bias, [tokens_k] or [batch, tokens_k]; differentiable.
-        implementation: "auto" or "reference"; "auto" is the reference.
+        implementation: "auto", the fastest that can compute the call, or one by name: "hopper", "triton",
+            "reference".
+        precision: "accurate": relative error of σ at most 2.5e-4 in half precision and 2e-6 in float32, for
+            every logit down to −20. "fast": σ(x) = ½ + ½ tanh.approx(x/2), whose error of about 2e-6 does not
+            shrink with σ: 1e-2 of a weight at the default bias of long sequences. Half precision only.
 
     Returns:
         [batch, heads, tokens_q, value_dim].
 
     Raises:
         TypeError: A wrong type or dtype.
-        ValueError: A wrong shape, value, device or implementation.
+        ValueError: A wrong shape, value or device, or an implementation that cannot compute the call.
 
     Source:
         Ramapuram et al. 2024 (arXiv 2409.04431), which also gives the bias −ln n.
 
     Example:
+        >>> import torch
         >>> query, key, value = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 3, 4), torch.eye(3)[None, None]
         >>> sigmoid_attention(query, key, value, key_lengths=[2])
         tensor([[[[0.3333, 0.3333, 0.0000]]]])
     """
-    if implementation != "auto" and implementation not in SIGMOID_IMPLEMENTATIONS:
-        valid = ", ".join(repr(name) for name in ("auto", *SIGMOID_IMPLEMENTATIONS))
-        raise ValueError(f"`implementation` must be one of {valid}; got {implementation!r}.")
-    query, key, value = _cast_under_autocast(query, key, value)
+    check_choice(implementation, precision)
+    query, key, value = cast_under_autocast(query, key, value)
     call = AttentionCall(
         mechanism="sigmoid",
         query=query,
@@ -156,67 +172,103 @@ def sigmoid_attention(
         bias=bias,
         score_bias=score_bias,
     )
-    chosen = "reference" if implementation == "auto" else implementation
-    return _compute(SIGMOID_IMPLEMENTATIONS[chosen], call, value, dropout_p)
+    terms = _check(call, value, dropout_p)
+    is_fast = precision == "fast"
+    kernel = choose(query, value, terms, dropout_p, implementation, is_fast=is_fast)
+    notify(call)
+    if kernel is None:
+        with without_autocast(query):
+            return reference.sigmoid_attention(query, key, value, terms, dropout_p)
+    operands = make_operands(query, key, value, terms)
+    return attend(
+        operands, scale=terms.scale, is_causal=terms.is_causal, is_fast=is_fast, implementation=kernel
+    )[0]
 
 
-@contextmanager
-def observe(callback: Observer, trace: Observer | None = None) -> Iterator[None]:
-    """Calls `callback` before every attention computation while the context is open.
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    key_lengths: Tensor | Sequence[int] | None = None,
+    query_lengths: Tensor | Sequence[int] | None = None,
+    bias: float | Tensor | None = None,
+    score_bias: Tensor | None = None,
+    precision: Precision = "accurate",
+) -> Explanation:
+    """Which implementation :func:`sigmoid_attention` would take for these arguments, and why no faster one.
 
-    The callback sees valid calls of this process only, on the thread that makes them. It must not change the
-    tensors; what it raises reaches the caller of the attention function.
+    Computes nothing and waits for nothing. The arguments are those of :func:`sigmoid_attention`.
 
     Args:
-        callback: Receives the :class:`AttentionCall`.
-        trace: Receives it in the callback's stead where ``torch.compile`` traces the call; traced itself.
+        query: [batch, heads, tokens_q, head_dim], floating point.
+        key: [batch, heads, tokens_k, head_dim]; fewer heads with `enable_gqa`.
+        value: [batch, heads, tokens_k, value_dim]; the key's heads.
+        attn_mask: Broadcastable to [batch, heads, tokens_q, tokens_k].
+        dropout_p: Probability of dropping a weight, in [0, 1).
+        is_causal: Query i sees the keys j ≤ i.
+        scale: Factor of q·k. None means 1/√head_dim.
+        enable_gqa: Whether groups of query heads share a key head.
+        key_lengths: [batch] integers.
+        query_lengths: [batch] integers.
+        bias: A number, a 0-d tensor, [heads] or [batch, heads].
+        score_bias: [tokens_k] or [batch, tokens_k].
+        precision: "accurate" or "fast".
 
-    Yields:
-        Nothing.
+    Returns:
+        The implementation and the reasons against the faster ones; printed, a few sentences.
+
+    Raises:
+        TypeError: A wrong type or dtype.
+        ValueError: A wrong shape, value or device, or a call that no implementation can compute.
 
     Example:
-        >>> x = torch.zeros(1, 2, 3, 4)
-        >>> with observe(lambda call: print(call.mechanism, tuple(call.query.shape))):
-        ...     _ = sigmoid_attention(x, x, x)
-        sigmoid (1, 2, 3, 4)
+        >>> import torch
+        >>> x = torch.zeros(1, 1, 4, 8)
+        >>> print(explain(x, x, x, dropout_p=0.1))
+        sigmoid_attention runs on 'reference'.
+          not 'hopper': ...
+          not 'triton': ...
     """
-    _observers.append((callback, trace))
-    try:
-        yield
-    finally:
-        _observers.remove((callback, trace))
-
-
-def _compute(
-    implementation: Callable[..., Tensor], call: AttentionCall, value: Tensor, dropout_p: float
-) -> Tensor:
-    terms = logit_terms(call)
-    check_value(call.key, value)
-    check_dropout(dropout_p)
-    for callback, trace in tuple(_observers):
-        if not torch.compiler.is_compiling():
-            callback(call)
-        elif trace is not None:
-            trace(call)
-    # The inputs already have autocast's dtype; the logits have to stay float32.
-    device_type = call.query.device.type
-    is_autocast = _is_autocast(device_type)
-    with torch.autocast(device_type, enabled=False) if is_autocast else nullcontext():
-        return implementation(call.query, call.key, value, terms, dropout_p)
-
-
-def _cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The cast torch makes before its own attention: half and float32 tensors, not float64."""
-    return tuple(
-        tensor.to(torch.get_autocast_dtype(tensor.device.type))
-        if isinstance(tensor, Tensor)
-        and tensor.is_floating_point()
-        and tensor.dtype is not torch.float64
-        and _is_autocast(tensor.device.type)
-        else tensor
-        for tensor in tensors
+    check_choice("auto", precision)
+    query, key, value = cast_under_autocast(query, key, value)
+    call = AttentionCall(
+        mechanism="sigmoid",
+        query=query,
+        key=key,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        key_lengths=key_lengths,
+        query_lengths=query_lengths,
+        bias=bias,
+        score_bias=score_bias,
+    )
+    terms = _check(call, value, dropout_p)
+    is_fast = precision == "fast"
+    if (reason := why_not_triton(query, value, terms, dropout_p=dropout_p, is_fast=is_fast)) is not None:
+        choose(query, value, terms, dropout_p, "auto", is_fast=is_fast)
+        return Explanation("reference", {"hopper": reason, "triton": reason})
+    return Explanation(
+        *choose_kernel(
+            make_operands(query, key, value, terms),
+            "auto",
+            scale=terms.scale,
+            is_causal=terms.is_causal,
+            is_fast=is_fast,
+            needs_statistics=False,
+        )
     )
 
 
-def _is_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+def _check(call: AttentionCall, value: Tensor, dropout_p: float) -> LogitTerms:
+    terms = logit_terms(call)
+    check_value(call.key, value)
+    check_dropout(dropout_p)
+    return terms

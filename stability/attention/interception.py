@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from stability.attention import flash
-from stability.attention.api import _cast_under_autocast, observe
+from stability.attention.autocast import cast_under_autocast
 from stability.attention.call import AttentionCall, Mechanism
 from stability.attention.compiled import Tracer
 from stability.attention.flex import read_flex_attention, read_transformers_flex_attention
+from stability.attention.observers import observe
 from stability.attention.report import observe_reports
 from stability.attention.seen import SeenAttention, UnseenAttentionError
 from stability.attention.stand_ins import StandIns, Target
@@ -249,9 +250,9 @@ def _read_torch_attention(
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]) if not enable_gqa else None
     if batch is not None:
         query, key = query.expand(*batch, -1, -1), key.expand(*batch, -1, -1)
-    query, key = _cast_under_autocast(_four_dimensional(query), _four_dimensional(key))
+    query, key = cast_under_autocast(_four_dimensional(query), _four_dimensional(key))
     if attn_mask is not None:
-        (attn_mask,) = _cast_under_autocast(attn_mask)
+        (attn_mask,) = cast_under_autocast(attn_mask)
         if rank != 4:  # the mask's axes are the query's last ones: heads stay heads
             attn_mask = attn_mask.reshape((1,) * (rank - attn_mask.dim()) + attn_mask.shape)
             if rank > 4 and batch is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 CONSTANTS = {
     "heads": 16,
@@ -30,7 +30,6 @@ POINTERS = {
     "score_bias": "*bf16",
     "bias": "*fp32",
     "output": "*fp32",
-    "scale": "fp32",
 }
 
 

@@ -1,0 +1,281 @@
+"""Sigmoid attention against its peers and softmax attention: speed and error, interleaved in one process.
+
+In each round every contender takes its turn, in an order that rotates from round to round; a turn is as many
+calls as fill --turn-ms. Reported is the median over rounds, in TFLOP/s counted on valid tokens only: an
+implementation that computes padding pays for it. The error of the output against float64 stands beside each
+speed. Ceilings, a matrix product and a copy, are measured in the same rounds.
+
+    PYTHONPATH=. python -m experiments.attention_benchmark                    # one H100, about 15 minutes
+    PYTHONPATH=. python -m experiments.attention_benchmark --preset quick     # two cases
+    python -m experiments.attention_benchmark --device cpu --preset tiny      # that it runs
+
+Writes `attention.json` and `attention.png` below --out. Ctrl-C reports the cases that were completed (exit
+status 130).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from experiments.attention_contenders import Case, Inputs, contenders, passes, relative_error
+from experiments.attention_report import Measurement, attention_table, draw_figure
+from experiments.command_line import positive_float, positive_int, write_json
+from experiments.provenance import provenance
+from stability.attention import explain
+
+DEFAULT_OUT = Path("runs/attention")
+TOKENS, WIDTH = 16_384, 2_048  # of all sequences together, and heads × head_dim
+CEILING_SIZE = {"cuda": 8_192, "cpu": 256}
+
+
+def _case(tokens: int, head_dim: int, **choice: object) -> Case:
+    return Case(TOKENS // tokens, WIDTH // head_dim, tokens, head_dim, **choice)  # type: ignore[arg-type]
+
+
+PRESETS: dict[str, list[Case]] = {
+    "full": [
+        *(_case(n, d, bias=b) for d in (128, 64) for n in (2048, 8192, 16384) for b in ("-ln n", "0")),
+        *(_case(8192, d, is_causal=True) for d in (128, 64)),
+        *(_case(n, d, padding=p) for d in (128, 64) for n in (1024, 8192) for p in (0.25, 0.5)),
+    ],
+    "quick": [_case(8192, 128), _case(8192, 64)],
+    "tiny": [Case(2, 2, 64, 16), Case(2, 2, 64, 16, padding=0.25, is_causal=True, bias="0")],
+}
+
+
+def time_turn(function: Callable[[], object], calls: int, device: str) -> float:
+    """One turn.
+
+    Args:
+        function: What is timed.
+        calls: How often it is called.
+        device: "cuda" is timed by events on the stream.
+
+    Returns:
+        Milliseconds a call.
+    """
+    if device == "cpu":
+        started = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return 1e3 * (time.perf_counter() - started) / calls
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / calls
+
+
+def measure(
+    functions: dict[str, Callable[[], object]], *, rounds: int, turn_ms: float, device: str
+) -> dict[str, float]:
+    """Median milliseconds a call of several functions that take turns.
+
+    Args:
+        functions: Name → what is timed.
+        rounds: How often each has its turn, after one that is not counted.
+        turn_ms: Length of a turn.
+        device: "cpu" or "cuda".
+
+    Returns:
+        Name → milliseconds.
+    """
+    calls = {}
+    for name, function in functions.items():
+        function()  # compiles, tunes, allocates
+        calls[name] = max(1, round(turn_ms / max(time_turn(function, 2, device), 1e-3)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for number in range(rounds + 1):
+        first = number % len(names)
+        for name in [*names[first:], *names[:first]]:
+            elapsed = time_turn(functions[name], calls[name], device)
+            if number:
+                times[name].append(elapsed)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def ceiling_functions(device: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """A square matrix product and a copy of one of its factors."""
+    size = CEILING_SIZE[device]
+    left, right, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    return {"matrix product": lambda: torch.mm(left, right, out=out), "copy": lambda: out.copy_(left)}
+
+
+def measure_case(
+    case: Case, device: str, dtype: torch.dtype, *, rounds: int, turn_ms: float
+) -> tuple[list[Measurement], dict[str, float], dict[str, str]]:
+    """All contenders of a case.
+
+    Args:
+        case: What is computed.
+        device: "cpu" or "cuda".
+        dtype: Of the inputs.
+        rounds: How often each has its turn.
+        turn_ms: Length of a turn.
+
+    Returns:
+        Measurements; TFLOP/s of the matrix product and TB/s of the copy; contender → why it failed.
+    """
+    inputs = Inputs.random(case, device, dtype)
+    functions = ceiling_functions(device, dtype)
+    found, errors, failed = [], {}, {}
+    for contender in contenders(case, device):
+        try:
+            errors[contender.name] = relative_error(contender, case, inputs)
+            own = passes(contender, inputs)
+            for function in own.values():
+                function()
+        except Exception as error:  # a peer that cannot compute this case
+            if contender.kind == "ours":
+                raise
+            failed[contender.name] = repr(error)[:500]
+            continue
+        found.append(contender)
+        functions |= {f"{contender.name}|{which}": function for which, function in own.items()}
+    times = measure(functions, rounds=rounds, turn_ms=turn_ms, device=device)
+    measurements = [
+        Measurement(
+            str(case),
+            contender.name,
+            contender.kind,
+            which,
+            times[key],
+            case.flop(which) / times[key] / 1e9,
+            errors[contender.name],
+        )
+        for contender in found
+        for key in functions
+        if (which := key.partition("|")[2]) and key.partition("|")[0] == contender.name
+    ]
+    size = CEILING_SIZE[device]
+    ceilings = {
+        "matrix product, TFLOP/s": 2 * size**3 / times["matrix product"] / 1e9,
+        "copy, TB/s": 2 * size**2 * dtype.itemsize / times["copy"] / 1e9,
+    }
+    return measurements, ceilings, failed
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        The settings; argparse exits with status 2 on a bad one.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.attention_benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="full", help="which cases (default full)")
+    add("--device", choices=["cpu", "cuda"], default="cuda", help="cpu is for tests (default cuda)")
+    add("--rounds", type=positive_int, default=15, help="turns of each contender (default 15)")
+    add("--turn-ms", type=positive_float, default=20.0, help="length of a turn in ms (default 20)")
+    add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            "--device cuda needs a CUDA device; torch.cuda.is_available() is False. Use --device cpu."
+        )
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and report.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        Exit status: 0, 130 after Ctrl-C, 2 if nothing can be written to --out.
+    """
+    from rich.console import Console
+
+    options = parse_arguments(arguments)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a log file has no width; the table needs this much
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"attention_benchmark: {error}", file=sys.stderr)
+        return 2
+    started = time.time()
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    measurements: list[Measurement] = []
+    ceilings: dict[str, dict[str, float]] = {}
+    failed: dict[str, dict[str, str]] = {}
+    explanations: dict[str, str] = {}
+    cases = PRESETS[options.preset]
+    try:
+        for case in cases:
+            console.print(f"{case} …")
+            found, ceilings[str(case)], failed[str(case)] = measure_case(
+                case, options.device, dtype, rounds=options.rounds, turn_ms=options.turn_ms
+            )
+            inputs = Inputs.random(case, options.device, dtype)
+            lengths = case.lengths
+            explanations[str(case)] = str(
+                explain(
+                    inputs.query, inputs.key, inputs.value,
+                    is_causal=case.is_causal, key_lengths=lengths, query_lengths=lengths,
+                )
+            )  # fmt: skip
+            measurements += found
+    except KeyboardInterrupt:
+        pass
+    num_cases = len(explanations)
+    if not num_cases:
+        console.print("Interrupted before the first case was complete; nothing is measured.")
+        return 130
+
+    product = float(np.median([values["matrix product, TFLOP/s"] for values in ceilings.values()]))
+    copy = float(np.median([values["copy, TB/s"] for values in ceilings.values()]))
+    title = f"Attention, {dtype}, {options.device}"
+    note = f"{options.rounds} rounds. Ceilings: matrix product {product:.3g} TFLOP/s, copy {copy:.3g} TB/s."
+    missing = sorted({name for names in failed.values() for name in names})
+    if missing:
+        note += f" Failed somewhere: {', '.join(missing)}."
+    json_path, figure_path = options.out / "attention.json", options.out / "attention.png"
+    command = ["python", "-m", "experiments.attention_benchmark"]
+    write_json(
+        json_path,
+        {
+            "schema_version": 1,
+            "command": shlex.join([*command, *(sys.argv[1:] if arguments is None else arguments)]),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "seconds": round(time.time() - started, 1),
+            "rounds": options.rounds,
+            "measurements": [asdict(measurement) for measurement in measurements],
+            "ceilings": ceilings,
+            "failed": failed,
+            "explanations": explanations,
+            **provenance(options.device),
+        },
+    )
+    draw_figure(figure_path, measurements, {"matrix product": product}, title)
+    console.print(attention_table(measurements, title, note))
+    console.print(f"Written: {json_path}, {figure_path}")
+    if num_cases < len(cases):
+        console.print(f"Interrupted: {num_cases} of {len(cases)} cases measured.")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

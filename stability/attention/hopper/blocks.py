@@ -1,0 +1,31 @@
+"""Block sizes of the Hopper kernels and their reasons."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ForwardBlocks(NamedTuple):
+    """How a forward program divides its work."""
+
+    consumers: int  # warpgroups of 64 query rows
+    keys: int  # per block
+    stages: int  # blocks of K and of V in flight
+    is_query_in_registers: bool
+    launch_registers: int  # per thread, before warps trade them
+    consumer_registers: int  # per thread of a consumer, afterwards
+
+
+def forward_blocks(head_dim: int, is_causal: bool, has_score_bias: bool) -> ForwardBlocks:
+    """The measured best for ``head_dim`` 64 or 128.
+
+    A consumer thread holds head_dim / 2 sums, 64 scores and 32 packed weights of a 64 × 128 block. At head_dim 64
+    that leaves room for three consumers in 64 Ki registers, whose σ phases cover each other; at 128 two fit, with
+    the query in registers too, which halves what QKᵀ reads from shared memory. A causal diagonal has to cut one
+    block only, so no tile may be taller than a block is wide; and a bias per key needs registers of its own.
+    """
+    if head_dim == 64 and (is_causal or has_score_bias):
+        return ForwardBlocks(2, 128, 4, True, 168, 240)
+    if head_dim == 64:
+        return ForwardBlocks(3, 128, 3, False, 128, 160)
+    return ForwardBlocks(2, 128, 2, True, 168, 240)

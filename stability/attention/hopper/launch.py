@@ -1,0 +1,30 @@
+"""What every launch needs: TMA descriptors of [batch, heads, tokens, head_dim] views, and the chip's size."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+@lru_cache
+def _layout(bits: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=4)
+
+
+def descriptor(tensor: torch.Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """A TMA descriptor of blocks [1, 1, rows, columns], for any strides of 16-byte multiples, last axis contiguous.
+
+    Rows past the last token read as zeros and are not written.
+    """
+    block = [1, 1, rows, columns or tensor.shape[3]]
+    layout = _layout(tensor.element_size() * 8)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a persistent grid run at once."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
