@@ -1,10 +1,20 @@
 """Sigmoid attention for Hopper (sm_90) in Gluon.
 
-Imported where a CUDA tensor asks for it, never by ``import stability``.
+Imported where a CUDA tensor asks for it, never by ``import stability``; and the kernels only where they are
+called, so that `can_run` answers whatever Triton is installed.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
 from .eligibility import can_run
-from .sigmoid_backward import backward
-from .sigmoid_forward import forward
 
 __all__ = ["backward", "can_run", "forward"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("backward", "forward"):
+        return getattr(import_module(f"{__name__}.sigmoid_{name}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

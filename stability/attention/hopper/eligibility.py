@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib.metadata import version
 
 import torch
 
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
+TRITON = "3.6"  # Gluon is experimental: its functions change from one minor version to the next
 
 
 def layout_problem(name: str, tensor: torch.Tensor) -> str | None:
     """Why TMA cannot read this, or None. Rows have to be contiguous and to start on 16-byte boundaries."""
-    if tensor.stride(3) != 1:
-        return f"{name}'s last axis is not contiguous (stride {tensor.stride(3)})"
-    size = tensor.element_size()
-    if tensor.data_ptr() % 16 or any(stride * size % 16 for stride in tensor.stride()[:3]):
-        return f"{name}'s rows do not start on 16-byte boundaries (strides {tuple(tensor.stride())})"
+    strides = tensor.stride()
+    if strides[3] != 1:
+        return f"{name}'s last axis is not contiguous (stride {strides[3]})"
+    outer = [stride for size, stride in zip(tensor.shape[:3], strides[:3], strict=True) if size > 1]
+    if 0 in outer:
+        return f"{name} is expanded (strides {strides})"
+    if tensor.data_ptr() % 16 or any(stride * tensor.element_size() % 16 for stride in outer):
+        return f"{name}'s rows do not start on 16-byte boundaries (strides {strides})"
     return None
 
 
@@ -42,16 +46,15 @@ def can_run(
     capability = torch.cuda.get_device_capability(query.device)
     if capability != (9, 0):
         return f"the device's compute capability is {capability[0]}.{capability[1]}, not 9.0"
-    if find_spec("triton.experimental.gluon") is None:
-        return "the installed triton has no Gluon"
+    installed = version("triton")
+    if installed.split(".")[:2] != TRITON.split("."):
+        return f"its Gluon kernels are written for triton {TRITON}, and {installed} is installed"
     if query.dtype not in DTYPES:
         return f"the dtype is {query.dtype}, not bfloat16 or float16"
     if query.shape[3] not in HEAD_DIMS:
         return f"head_dim is {query.shape[3]}, not 64 or 128"
     if value.shape[3] != query.shape[3]:
         return f"value's head_dim {value.shape[3]} differs from query's {query.shape[3]}"
-    if key.shape[1] != query.shape[1]:
-        return f"{query.shape[1]} query heads share {key.shape[1]} key heads"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         problem = layout_problem(name, tensor)
         if problem is not None:

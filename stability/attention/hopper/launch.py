@@ -15,13 +15,16 @@ def _layout(bits: int) -> gl.NVMMASharedLayout:
 
 
 def descriptor(tensor: torch.Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
-    """A TMA descriptor of blocks [1, 1, rows, columns], for any strides of 16-byte multiples, last axis contiguous.
+    """A TMA descriptor of blocks [1, 1, rows, columns] of a tensor that `layout_problem` lets pass.
 
     Rows past the last token read as zeros and are not written.
     """
     block = [1, 1, rows, columns or tensor.shape[3]]
     layout = _layout(tensor.element_size() * 8)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+    shape = list(tensor.shape)
+    # The stride of an axis of size 1 may be anything, and TMA wants multiples of 16 bytes.
+    strides = [stride if size > 1 else shape[3] for size, stride in zip(shape, tensor.stride(), strict=True)]
+    return TensorDescriptor(tensor, shape, strides, block, layout)
 
 
 @lru_cache

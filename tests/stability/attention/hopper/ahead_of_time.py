@@ -1,0 +1,125 @@
+"""Compiles the Hopper kernels for a GPU that is not there, with whatever Triton is found first.
+
+    PYTHONPATH=<folder of triton 3.6>:<repository> python -m tests.stability.attention.hopper.ahead_of_time
+
+prints one line of JSON for each kernel of each call: registers, spills in loops, shared memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from stability.attention.hopper import sigmoid_backward, sigmoid_forward
+
+# What a call may ask for beyond the plain one.
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fast": {"is_fast": True},
+    "float16": {"dtype": torch.float16},
+    "causal": {"is_causal": True},
+    "lengths": {"lengths": True},
+    "everything": {"is_causal": True, "lengths": True, "score_bias": True, "sums": True},
+}
+
+
+class Absent:
+    """A driver that describes a Hopper GPU, keeps what it is to load, and launches nothing."""
+
+    kept: ClassVar[list[tuple[bytes, int]]] = []
+    utils = property(lambda self: self)
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *arguments, **options: None
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[int, ...]:
+        self.kept.append((cubin, shared))
+        return 1, 2, 0, 0, 1024
+
+    def unload_module(self, *arguments: Any) -> None: ...
+
+    def fill_tma_descriptor_tiled(self, *arguments: Any) -> int:
+        return 0
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def compile_call(head_dim: int, name: str, is_deterministic: bool | None) -> list[tuple[bytes, int]]:
+    """Binaries and shared memory of a forward (``is_deterministic`` None) or a backward."""
+    options = dict(CALLS[name])
+    dtype = options.pop("dtype", torch.bfloat16)
+    lengths = torch.tensor([500, 77]) if options.pop("lengths", False) else None
+    sums = options.pop("sums", False)
+    query = torch.zeros(2, 512, 2, head_dim, dtype=dtype).transpose(1, 2)
+    arguments = {
+        "scale": 0.1, "bias": torch.zeros(2, 2), "is_causal": False,
+        "key_lengths": lengths, "query_lengths": lengths,
+        "score_bias": torch.zeros(1, 512) if options.pop("score_bias", False) else None, **options,
+    }  # fmt: skip
+    Absent.kept.clear()
+    if is_deterministic is None:
+        sigmoid_forward.forward(query, query, query, **arguments)
+    else:
+        sigmoid_backward.backward(
+            query, query, query, query, **arguments,
+            is_deterministic=is_deterministic, needs_bias_grad=sums, needs_score_bias_grad=sums,
+        )  # fmt: skip
+    return list(Absent.kept)
+
+
+def measure(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and accesses to local memory inside the innermost loops that multiply."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+        text = subprocess.run([tool, "-c", path], check=True, capture_output=True, text=True).stdout
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in text.splitlines():
+        if match := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[match[1]] = len(code)
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(match[1])
+    jumps = [(m[1], i) for i, line in enumerate(code) if (m := re.search(r"BRA.*(\.L_x_\d+)", line))]
+    loops = [(labels[label], i) for label, i in jumps if labels.get(label, i + 1) <= i]
+    loops = [(a, b) for a, b in loops if any("HGMMA" in line for line in code[a:b])]
+    inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+    spills = [sum("LDL" in line or "STL" in line for line in code[a:b]) for a, b in inner]
+    registers = max(int(number) for line in code for number in re.findall(r"\bR(\d+)\b", line)) + 1
+    return {"registers": registers, "loops": len(inner), "loop_spills": max(spills, default=0)}
+
+
+def main() -> None:
+    driver.set_active(Absent())
+    sigmoid_forward.multiprocessors = lambda device: 132
+    for head_dim in (64, 128):
+        for name in CALLS:
+            for is_deterministic in (None, False, True):
+                for cubin, shared in compile_call(head_dim, name, is_deterministic):
+                    direction = "forward" if is_deterministic is None else "backward"
+                    label = f"{direction}{', deterministic' * bool(is_deterministic)}, {name}, {head_dim}"
+                    print(json.dumps({"kernel": label, "shared": shared, **measure(cubin)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
