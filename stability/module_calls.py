@@ -41,7 +41,7 @@ class ModuleTracer(Protocol):
         ...
 
 
-class ModuleCalls(threading.local):
+class ModuleCalls:
     """Names the innermost running module, and tells observers when modules of the model start and end.
 
     Forward passes of other models are not reported.
@@ -54,24 +54,32 @@ class ModuleCalls(threading.local):
 
     Attributes:
         names: As given.
-        running: Names of the running modules, outermost first.
-        num_others: How many modules of other models are running.
         tracers: Who follows the modules that ``torch.compile`` traces.
     """
 
     def __init__(self, names: dict[nn.Module, str], before: Before, after: After) -> None:
         self.names = names
-        self.running: list[str] = []
+        self.tracers: tuple[ModuleTracer, ...] = ()
         self._before = before
         self._after = after
-        self.num_others = 0
-        self.tracers: tuple[ModuleTracer, ...] = ()
-        self._traced: list[str] = []  # those of the running modules that torch.compile is tracing
+        self._thread = _Thread()
+        self._traced: list[str] = []  # no part of the thread's: dynamo does not trace those everywhere
+
+    @property
+    def running(self) -> list[str]:
+        """Names of the modules that run on this thread, or that are being traced, outermost first."""
+        return self._traced if torch.compiler.is_compiling() else self._thread.running
 
     @property
     def current_layer(self) -> str | None:
         """Name of the innermost running module, or None outside the model's forward pass."""
-        return self.running[-1] if self.running else None
+        running = self.running
+        return running[-1] if running else None
+
+    @property
+    def num_others(self) -> int:
+        """How many modules of other models are running."""
+        return self._thread.num_others
 
     def install(self, handles: ExitStack) -> None:
         """Registers the hooks; they go when ``handles`` closes."""
@@ -82,43 +90,62 @@ class ModuleCalls(threading.local):
         handles.callback(register_module_forward_hook(self._end, with_kwargs=True, always_call=True).remove)
 
     def _start(self, module: nn.Module, args: tuple) -> None:
-        is_traced = torch.compiler.is_compiling()
-        if torch.jit.is_tracing() or (is_traced and (torch.compiler.is_exporting() or not self.tracers)):
+        if torch.compiler.is_compiling():
+            self._trace_start(module, args)
+            return
+        if torch.jit.is_tracing():
             return
         name = self.names.get(module)
         if name is None:
-            self.num_others += 1
+            self._thread.num_others += 1
             return
         if name == ROOT_LAYER:
-            self.running.clear()  # a KeyboardInterrupt skips always_call hooks
-        self.running.append(name)
-        if is_traced:
-            self._traced.append(name)
-            if torch.is_grad_enabled():
-                for tracer in self.tracers:
-                    tracer.trace_start(name, args)
-        else:
-            self._before(module, name, args)
+            self._thread.running.clear()  # a KeyboardInterrupt skips always_call hooks
+            self._traced.clear()
+        self._thread.running.append(name)
+        self._before(module, name, args)
 
     def _end(self, module: nn.Module, args: tuple, *kwargs_and_output: Any) -> None:
         kwargs, output = kwargs_and_output if len(kwargs_and_output) == 2 else ({}, None)
+        if torch.compiler.is_compiling():
+            self._trace_end(module, output)
+            return
         name = self.names.get(module)
         if name is None:
-            self.num_others = max(0, self.num_others - 1)
-        if name not in self.running:
+            self._thread.num_others = max(0, self._thread.num_others - 1)
+        if name not in self._thread.running:
             return
-        while self.running.pop() != name:
+        while self._thread.running.pop() != name:
             pass
-        if not torch.compiler.is_compiling():
-            self._after(module, name, args, kwargs, output)
+        self._after(module, name, args, kwargs, output)
+
+    def _trace_start(self, module: nn.Module, args: tuple) -> None:
+        name = self.names.get(module)
+        if name is None or not self.tracers or torch.compiler.is_exporting():
             return
-        self._traced.pop()
+        self._traced.append(name)
+        if torch.is_grad_enabled():
+            for tracer in self.tracers:
+                tracer.trace_start(name, args)
+
+    def _trace_end(self, module: nn.Module, output: object) -> None:
+        name = self.names.get(module)
+        if name not in self._traced:
+            return
+        while self._traced.pop() != name:
+            pass
         if output is not None and torch.is_grad_enabled():
             for tracer in self.tracers:
                 tracer.trace_return(name, output)
         if not self._traced:
             for tracer in self.tracers:
                 tracer.trace_end()
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.running: list[str] = []
+        self.num_others = 0
 
 
 def layer_names(model: nn.Module) -> dict[nn.Module, str]:
