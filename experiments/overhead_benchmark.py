@@ -1,15 +1,16 @@
-"""What probes cost: training with them and with peers against bare training, interleaved in one process.
+r"""What probes cost: training with them and with peers against bare training, interleaved in one process.
 
 Every configuration trains its own copy of the model on the same batches. In each round all of them take
 their turn, in an order that rotates from round to round, each attached for its turn only: a warm-up step,
-then --steps-per-round timed ones. Reported is the median over rounds of the ratio to bare training in the
-same round, with a 95 % bootstrap interval. "bare, a second copy" shows what no difference looks like.
+then --steps-per-round timed ones; fifty hold each default period of the probes a whole number of times.
+Reported is the median over rounds of the ratio to bare training in the same round, with a 95 % bootstrap
+interval. "bare, a second copy" shows what no difference looks like.
 
-    python -m experiments.overhead_benchmark                           # 50 rounds on one CPU thread; half an
-                                                                       # hour, on a machine left alone
-    python -m experiments.overhead_benchmark --rounds 5                # a first look
-    PYTHONPATH=. python -m experiments.overhead_benchmark --preset 160m --device cuda      # one H100
-    PYTHONPATH=. python -m experiments.overhead_benchmark --preset 160m --device cuda --mechanism sigmoid
+    python -m experiments.overhead_benchmark --rounds 5       # one CPU thread, on a machine left alone
+    python -m experiments.overhead_benchmark --contenders "bare*" "idle*" "detached*" \
+        --rounds 50 --steps-per-round 10
+    PYTHONPATH=. python -m experiments.overhead_benchmark --preset 160m-tokens --device cuda
+    PYTHONPATH=. python -m experiments.overhead_benchmark --preset 160m --mechanism sigmoid --device cuda
 
 Writes `overhead.json` and `overhead.png` below --out. Ctrl-C reports the rounds that were completed (exit
 status 130).
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +40,16 @@ from experiments.provenance import provenance
 from experiments.token_transformer import TokenTransformerConfig
 
 DEFAULT_OUT = Path("runs/overhead")
-ATTENTION_PERIOD = 10  # default of probes.attach: one step in ten records attention
+DEFAULT_STEPS = 50  # the longest of the periods of probes.attach, a multiple of the others
 
 PRESETS: dict[str, Callable[[str, str], Callable[[], Training]]] = {
     "small": lambda device, mechanism: token_trainings(device, TokenTransformerConfig()),
     "160m": lambda device, mechanism: cell_trainings(device, "160m", 8192, mechanism),
+    "160m-tokens": lambda device, mechanism: token_trainings(
+        device,
+        TokenTransformerConfig(max_tokens=8192, embed_dim=1024, num_layers=12, num_heads=16),
+        batch_size=1,
+    ),
     "tiny": lambda device, mechanism: token_trainings(
         device, TokenTransformerConfig(vocabulary=16, max_tokens=8, embed_dim=8, num_layers=2)
     ),
@@ -143,26 +150,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--preset",
         choices=PRESETS,
         default="small",
-        help="small: language model, 3.45M parameters, 8 × 128 tokens; 160m: the stress test's model, "
-        "8,192 tokens; the tiny ones are for tests (default small)",
+        help="small: language model on torch's fused attention, 3.45M parameters, 8 × 128 tokens; "
+        "160m-tokens: the same with 160M, 8,192 tokens; 160m: the stress test's model, 8,192 tokens; the "
+        "tiny ones are for tests (default small)",
     )
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda trains under bfloat16 autocast")
     add("--mechanism", choices=MECHANISMS, default="softmax", help="attention of 160m (default softmax)")
-    add("--rounds", type=positive_int, default=50, help="turns of each configuration (default 50)")
+    add("--contenders", nargs="+", metavar="PATTERN", help="only those, beside bare (default all)")
+    add("--rounds", type=positive_int, default=20, help="turns of each configuration (default 20)")
     add(
         "--steps-per-round",
         type=positive_int,
-        default=ATTENTION_PERIOD,
-        help=f"timed steps of a turn, a multiple of {ATTENTION_PERIOD} (default {ATTENTION_PERIOD})",
+        default=DEFAULT_STEPS,
+        help=f"timed steps of a turn; where probes record, a multiple of {DEFAULT_STEPS} (the default)",
     )
     add("--threads", type=positive_int, default=1, help="CPU threads (default 1)")
     add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
     options = parser.parse_args(arguments)
-    if options.steps_per_round % ATTENTION_PERIOD:
-        parser.error(
-            f"--steps-per-round must be a multiple of {ATTENTION_PERIOD}, so that the steps that record "
-            f"attention come as often in every turn; got {options.steps_per_round}."
-        )
     if options.mechanism != "softmax" and options.preset not in PRESETS_WITH_MECHANISMS:
         parser.error(f"--mechanism {options.mechanism} needs --preset 160m; {options.preset} is softmax.")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -196,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     started = time.time()
     with tempfile.TemporaryDirectory() as scratch, Progress(console=console) as progress:
-        competitors = contenders(Path(scratch))
+        competitors = [c for c in contenders(Path(scratch)) if c.name == BARE or _is_wanted(c.name, options)]
         task = progress.add_task("", total=(options.rounds + 1) * len(competitors))
         seconds, failed = measure(
             competitors,
@@ -258,6 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"Interrupted: {num_rounds} of {options.rounds} rounds measured.")
         return 130
     return 0
+
+
+def _is_wanted(name: str, options: argparse.Namespace) -> bool:
+    return options.contenders is None or any(fnmatch(name, pattern) for pattern in options.contenders)
 
 
 def _wait_for(device: str) -> None:

@@ -50,12 +50,15 @@ class Training:
         self.steps_done += 1
 
 
-def token_trainings(device: str, config: TokenTransformerConfig) -> Callable[[], Training]:
+def token_trainings(
+    device: str, config: TokenTransformerConfig, batch_size: int = 8
+) -> Callable[[], Training]:
     """Trainings of a language model on fused softmax attention.
 
     Args:
         device: "cpu" or "cuda"; on "cuda" the forward pass runs under bfloat16 autocast.
         config: The model.
+        batch_size: Sequences of `config.max_tokens` a step.
 
     Returns:
         A function that makes equal trainings: the same weights, the same batches.
@@ -63,7 +66,7 @@ def token_trainings(device: str, config: TokenTransformerConfig) -> Callable[[],
     stream = chain_batches(
         vocabulary=config.vocabulary,
         num_chains=2,
-        batch_size=8,
+        batch_size=batch_size,
         tokens=config.max_tokens + 1,
         seed=0,
     )
