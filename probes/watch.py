@@ -86,6 +86,7 @@ class Watch:
         self._layers = activation_layers(names, selected)
         self._blocks = {names[module] for module in outermost_blocks(next(iter(names)))} & selected
         self._measured_layers: set[str] = set()
+        self._is_forward_seen = False
         self._activations = Activations(self.pending, self._guard)
         self._optimizer_state = OptimizerState(
             {parameter: layer for parameter, layer in self._layer_of.items() if layer in selected}
@@ -144,6 +145,9 @@ class Watch:
 
     def end_step(self) -> None:
         """Hands the step's measurements over and begins the next."""
+        if self._measured_layers and self.pending and not self._is_forward_seen:
+            self._guard("forward passes", _miss_forward)
+        self._is_forward_seen = False
         self._activations.end_step()
         step, pending = self.step, self.pending.take()
         self.begin_step(step + 1)
@@ -174,6 +178,7 @@ class Watch:
         if self._is_measuring_jacobian or not torch.is_grad_enabled():  # validation is not recorded
             return
         if len(self._module_calls.running) == 1 and not in_backward():  # the outermost call, whatever it is
+            self._is_forward_seen = True
             self._activations.start_forward()
             self.attention.start_forward()
         if name in self._measured_layers:
@@ -201,6 +206,7 @@ class Watch:
                 self._is_measuring_jacobian = self.attention.is_paused = False
 
     def _see_compiled(self, what: What, layer: str, call: int, tensor: Tensor) -> None:
+        self._is_forward_seen = True
         if layer not in self._measured_layers:
             return
         if what != "output":
@@ -293,6 +299,13 @@ class Watch:
                 ProbeWarning,
                 stacklevel=2,
             )
+
+
+def _miss_forward() -> None:
+    raise RuntimeError(
+        "no forward pass of the model was seen. Compiled by a torch before 2.13, or called by its `forward` "
+        "method, a model shows gradients and weights only"
+    )
 
 
 def _is_due(step: int, every: int) -> bool:

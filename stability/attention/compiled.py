@@ -18,6 +18,9 @@ from stability.attention.call import AttentionCall, Mechanism
 from stability.attention.seen import SeenAttention, UnseenAttentionError
 from stability.effectful import keep_in_graphs
 
+# Dynamos of older versions do not trace the module hooks that tell which layer is running.
+IS_SUPPORTED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+
 
 class Place(NamedTuple):
     """Where in the program a call is made, as an observer names it while the graph is traced.

@@ -15,6 +15,9 @@ import stability
 from experiments.cell_transformer import CellTransformer, CellTransformerConfig
 from experiments.token_transformer import TokenTransformer, TokenTransformerConfig
 from probes.record import Record
+from stability.attention.compiled import IS_SUPPORTED
+
+pytestmark = pytest.mark.skipif(not IS_SUPPORTED, reason=f"needs torch 2.13; this is {torch.__version__}")
 
 TOKENS = torch.arange(10).reshape(2, 5) % 7
 SMALL = TokenTransformerConfig(vocabulary=16, max_tokens=8, embed_dim=8, num_layers=2, num_heads=2)

@@ -9,7 +9,7 @@ from stability.attention.layout import empty_like_tokens
 
 from .backward_kernel import sigmoid_backward
 from .backward_schedule import FUSED, KEYS, QUERIES
-from .eligibility import layout_problem
+from .eligibility import DETERMINISTIC_HEAD_DIMS, layout_problem
 from .launch import descriptor
 from .sigmoid import ACCURATE, CURVATURE, FAST
 
@@ -61,6 +61,10 @@ def backward(
     group = heads // key_heads
     if layout_problem("grad_output", grad_output) is not None:
         grad_output = empty_like_tokens(query, head_dim).copy_(grad_output)
+    if is_deterministic and head_dim not in DETERMINISTIC_HEAD_DIMS:
+        raise NotImplementedError(
+            f"the deterministic pass is wrong at head_dim {head_dim}; `can_run` says so."
+        )
     grad_query = empty_like_tokens(query, head_dim)
     # Of shared key heads, every query head gets a gradient of its own first.
     per_head = key if group == 1 else key.repeat_interleave(group, 1)[:, :, :1].expand(-1, -1, tokens_k, -1)
