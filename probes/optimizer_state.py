@@ -44,13 +44,17 @@ class OptimizerState:
         ]
         for parameter, norm in zip(watched, tensor_norms(watched), strict=True):
             pending.add(Series(self._layer_of[parameter], "weight_norm"), norm)
-        self._weights_before = [(parameter, parameter.detach().clone()) for parameter in watched]
+        # Fused operations here and below: a launch per parameter would cost more than the arithmetic.
+        copies = torch._foreach_mul([parameter.detach() for parameter in watched], 1) if watched else ()
+        self._weights_before = list(zip(watched, copies, strict=True))
 
     @torch.no_grad()
     def after(self, pending: Pending, optimizer: Optimizer) -> None:
         """Adds ``update_ratio`` and, for optimizers with Adam's second moment, ``adam_update_rms``."""
         layers = [self._layer_of[parameter] for parameter, _ in self._weights_before]
-        changes = [before.sub_(parameter.detach()) for parameter, before in self._weights_before]
+        changes = [before for _, before in self._weights_before]
+        if changes:
+            torch._foreach_sub_(changes, [parameter.detach() for parameter, _ in self._weights_before])
         self._weights_before = []
         for layer, norm in zip(layers, tensor_norms(changes), strict=True):
             pending.add(Series(layer, "_update_norm"), norm)
@@ -62,17 +66,31 @@ class OptimizerState:
         self._add_adam_update_rms(pending, optimizer)
 
     def _add_adam_update_rms(self, pending: Pending, optimizer: Optimizer) -> None:
-        layers, sizes, ratios = [], [], []
+        layers, sizes, gradients, moments, corrections, floors = [], [], [], [], [], []
         for parameter, group in self._watched(optimizer):
-            second_moment = _second_moment(optimizer.state.get(parameter, {}), group)
-            if second_moment is None or parameter.grad is None or parameter.grad.is_sparse:
+            state = optimizer.state.get(parameter, {})
+            if not _has_second_moment(state, group) or parameter.grad is None or parameter.grad.is_sparse:
                 continue
             layers.append(self._layer_of[parameter])
             sizes.append(parameter.numel())
+            gradients.append(parameter.grad)
+            moment = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
             # ε² keeps entries that have never had a gradient (g = v = 0, as in embeddings) at 0; in float16
             # it would be 0 itself.
-            wide = torch.promote_types(second_moment.dtype, torch.float32)
-            ratios.append(parameter.grad / second_moment.to(wide).clamp(min=group["eps"] ** 2).sqrt())
+            moments.append(moment.to(torch.promote_types(moment.dtype, torch.float32)))
+            corrections.append(_bias_correction(state["step"], group["betas"][1]))
+            floors.append(group["eps"] ** 2)
+        if not layers:
+            return
+        # The floor is compared with v̂ = v/c: the tensors are new ones from here on.
+        on_host = [correction for correction in corrections if isinstance(correction, float)]
+        if len(on_host) == len(corrections):
+            moments = list(torch._foreach_div(moments, on_host))
+        else:  # steps are counted on the device
+            moments = [moment / c for moment, c in zip(moments, corrections, strict=True)]
+        torch._foreach_clamp_min_(moments, floors)
+        torch._foreach_sqrt_(moments)
+        ratios = torch._foreach_div(gradients, moments)
         size_of: dict[str, int] = {}
         for layer, size, norm in zip(layers, sizes, tensor_norms(ratios), strict=True):
             pending.add(Series(layer, "_adam_update_norm"), norm)
@@ -92,14 +110,15 @@ class OptimizerState:
                     yield parameter, group
 
 
-def _second_moment(state: dict, group: dict) -> Tensor | None:
-    """Adam's bias-corrected second moment v̂ = v/(1 − β₂ᵗ), or None for another optimizer.
+def _has_second_moment(state: dict, group: dict) -> bool:
+    return "exp_avg_sq" in state and "betas" in group and "eps" in group and "step" in state
+
+
+def _bias_correction(step: Tensor | float, beta2: float) -> Tensor | float:
+    """The c = 1 − β₂ᵗ of Adam's bias-corrected second moment v̂ = v/c; a number if the step is on the host.
 
     Source: Kingma & Ba 2015, Algorithm 1; g²/v̂ as the signal: Wortsman et al. 2304.13013 §3.
     """
-    if "exp_avg_sq" not in state or "betas" not in group or "eps" not in group or "step" not in state:
-        return None
-    second_moment = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
-    if not isinstance(state["step"], Tensor):
-        return second_moment / (1 - group["betas"][1] ** state["step"])
-    return second_moment / (1 - group["betas"][1] ** state["step"].to(torch.float32))
+    if isinstance(step, Tensor) and step.device.type != "cpu":
+        return 1 - beta2 ** step.to(torch.float32)
+    return 1 - beta2 ** float(step)

@@ -45,6 +45,10 @@ class Pending:
     def __bool__(self) -> bool:
         return bool(self.measurements or self.numbers)
 
+    def has(self, quantity: str) -> bool:
+        """Whether anything of a quantity has been measured."""
+        return any(m.series and m.series[0].quantity == quantity for m in self.measurements)
+
     def take(self) -> Pending:
         """Hands over what was collected and starts afresh."""
         taken = Pending()

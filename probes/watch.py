@@ -145,7 +145,7 @@ class Watch:
 
     def end_step(self) -> None:
         """Hands the step's measurements over and begins the next."""
-        if self._measured_layers and self.pending and not self._is_forward_seen:
+        if self._measured_layers and self.pending.has("grad_norm") and not self._is_forward_seen:
             self._guard("forward passes", _miss_forward)
         self._is_forward_seen = False
         self._activations.end_step()
