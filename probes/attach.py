@@ -13,9 +13,9 @@ from probes.alerts import AlertAction, OnDivergence
 from probes.delivery import Delivery
 from probes.layers import select_layers
 from probes.probe import Probe
+from probes.schedule import Schedule
 from probes.sinks.sink import Sink
 from probes.sinks.tensorboard import TensorBoardSink
-from probes.watch import Schedule
 from stability.divergence import Detector, default_detectors
 from stability.module_calls import layer_names
 

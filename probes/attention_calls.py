@@ -6,12 +6,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 
+from probes.attention_sites import AttentionSite, attention_site, read_softmax
 from probes.delivery import ProbeWarning
 from probes.pending import Pending
 from probes.record import Kind, Series
@@ -19,7 +19,7 @@ from stability.attention.by_hand import is_attention_softmax, is_named_for_atten
 from stability.attention.call import AttentionCall
 from stability.attention.compiled import Place, Tracer
 from stability.attention.interception import observe_attention, observe_softmax
-from stability.attention.seen import SeenAttention, UnseenAttentionError, seen_logits
+from stability.attention.seen import SeenAttention, UnseenAttentionError
 from stability.module_calls import ROOT_LAYER, ModuleCalls, in_backward
 
 _NO_CALL = "it makes no attention call that is known, and no softmax"
@@ -30,34 +30,6 @@ _NO_COMPILED_CALL = (
 
 REPORTED = "stability.attention.report_attention"
 SOFTMAX = "torch.softmax"
-
-_HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """A place in the model where attention is computed.
-
-    Attributes:
-        layer: Innermost module that made the call.
-        call: Which call of that module within a forward pass, from 0.
-        kind: Function that computes it; "torch.softmax" for attention written by hand, whose logits are seen.
-        mechanism: "softmax" or "sigmoid"; None where unseen.
-        num_heads: Query heads; None where unseen.
-        query_shape: [batch, heads, tokens, head_dim] when first seen; head_dim is 0 where only the logits are
-            seen. None where unseen.
-        key_shape: The same of the key.
-        unseen: Why nothing is recorded here; None where everything is seen.
-    """
-
-    layer: str
-    call: int
-    kind: str
-    mechanism: str | None = None
-    num_heads: int | None = None
-    query_shape: tuple[int, ...] | None = None
-    key_shape: tuple[int, ...] | None = None
-    unseen: str | None = None
 
 
 class AttentionCalls:
@@ -171,7 +143,7 @@ class AttentionCalls:
         """See :class:`~stability.attention.compiled.Watcher`."""
         self.is_compiled = True
         if not in_backward():
-            self._look_at(place, SOFTMAX, partial(_read_softmax, self._modules[place.layer], logits))
+            self._look_at(place, SOFTMAX, partial(read_softmax, self._modules[place.layer], logits))
 
     def cannot_see(self, function: str, layer: str, reason: str) -> None:
         """See :class:`~stability.attention.compiled.Watcher`."""
@@ -216,7 +188,7 @@ class AttentionCalls:
     def _see_softmax(self, logits: Tensor) -> None:
         layer = None if self.is_paused else self._layer_of_softmax(logits.dim())
         if layer is not None and layer not in self._reported:
-            self._look(layer, SOFTMAX, partial(_read_softmax, self._modules[layer], logits))
+            self._look(layer, SOFTMAX, partial(read_softmax, self._modules[layer], logits))
 
     def _look(self, layer: str, function: str, read: Callable[[], SeenAttention]) -> None:
         if self._calls[layer] and in_backward():
@@ -230,7 +202,7 @@ class AttentionCalls:
             return True
         try:
             seen = read()
-            site = _site(place, function, seen)
+            site = attention_site(place, function, seen)
         except UnseenAttentionError as error:
             self.cannot_see(function, place.layer, str(error))
             return False
@@ -261,37 +233,5 @@ def _names(place: Place, quantity: str, kind: Kind, num_heads: int) -> tuple[Ser
     return series, tuple(series._replace(head=head) for head in range(num_heads))
 
 
-def _site(place: Place, function: str, seen: SeenAttention) -> AttentionSite:
-    call = seen.call
-    if call.query.dim() != 4 or call.key.dim() != 4:
-        raise ValueError(
-            f"query and key must be [batch, heads, tokens, head_dim]; got {tuple(call.query.shape)} "
-            f"and {tuple(call.key.shape)}"
-        )
-    return AttentionSite(
-        place.layer,
-        place.call,
-        function,
-        call.mechanism,
-        call.query.shape[1],
-        tuple(call.query.shape),
-        tuple(call.key.shape),
-    )
-
-
 def _contains(name: str, layer: str) -> bool:
     return name in (layer, ROOT_LAYER) or layer.startswith(f"{name}.")
-
-
-def _read_softmax(module: nn.Module, logits: Tensor) -> SeenAttention:
-    """Logits of a softmax with their heads apart: [batch, heads, tokens_q, tokens_k]."""
-    heads = next((h for name in _HEADS_ATTRIBUTES if isinstance(h := getattr(module, name, None), int)), None)
-    if logits.dim() == 3:  # [batch · heads, tokens_q, tokens_k], as for torch.bmm
-        is_joined = heads is not None and heads > 0 and logits.shape[0] % heads == 0
-        return seen_logits(logits.unflatten(0, (-1, heads)) if is_joined else logits.unsqueeze(1))
-    if logits.dim() != 4 or (heads is not None and logits.shape[1] != heads):
-        raise UnseenAttentionError(
-            f"its softmax is over shape {tuple(logits.shape)}, not [batch, heads, tokens, tokens]"
-            + ("" if heads is None else f" with the module's {heads} heads")
-        )
-    return seen_logits(logits)

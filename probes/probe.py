@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from probes.attention_calls import AttentionSite
+from probes.attention_sites import AttentionSite
 from probes.delivery import Delivery
 from probes.quantities import QUANTITIES
 from probes.record import ALL_LAYERS, Record, Series
-from probes.watch import Schedule, Watch
+from probes.schedule import Schedule
+from probes.watch import Watch
 from stability.divergence import Alert
 
 

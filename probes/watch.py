@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,28 +21,10 @@ from probes.optimizer_state import OptimizerState
 from probes.parameter_gradients import measure_gradients
 from probes.pending import Pending
 from probes.record import ALL_LAYERS, Series
+from probes.schedule import Schedule, is_due
 from stability.module_calls import ModuleCalls, in_backward
 
 SKIPPED_STEP = Series(ALL_LAYERS, "skipped_step")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """At each how many steps something is measured; 0: never. See :func:`probes.attach`.
-
-    Attributes:
-        gradients: Gradient norms of parameters.
-        activations: Outputs of blocks and the gradients there.
-        details: Outputs of every layer, largest entries, counts, weights and updates.
-        attention: Attention statistics.
-        layer_jacobians: Jacobians of whole layers.
-    """
-
-    gradients: int
-    activations: int
-    details: int
-    attention: int
-    layer_jacobians: int
 
 
 class Watch:
@@ -127,16 +108,16 @@ class Watch:
         """Decides what the step that begins now records."""
         self.step = step
         schedule = self._schedule
-        self._is_recorded = _is_due(step, schedule.gradients)
-        self._is_detailed = _is_due(step, schedule.details)
+        self._is_recorded = is_due(step, schedule.gradients)
+        self._is_detailed = is_due(step, schedule.details)
         self._activations.is_detailed = self._is_detailed
         self._measured_layers = set()
         if self._is_detailed:
             self._measured_layers = self._layers | self._blocks
-        elif _is_due(step, schedule.activations):
+        elif is_due(step, schedule.activations):
             self._measured_layers = self._blocks
-        self._is_jacobian_due = _is_due(step, schedule.layer_jacobians)
-        self.attention.step = step if _is_due(step, schedule.attention) else None
+        self._is_jacobian_due = is_due(step, schedule.layer_jacobians)
+        self.attention.step = step if is_due(step, schedule.attention) else None
         self._jacobians_measured.clear()
         self._stepped.clear()
         self._hook_modules(
@@ -306,10 +287,6 @@ def _miss_forward() -> None:
         "no forward pass of the model was seen. Compiled by a torch before 2.13, or called by its `forward` "
         "method, a model shows gradients and weights only"
     )
-
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def _has_closure(args: tuple, kwargs: dict) -> bool:
