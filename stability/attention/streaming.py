@@ -97,9 +97,9 @@ def _configuration(dtype: torch.dtype, head_dim: int, is_sigmoid: bool) -> dict[
         return {"BLOCK_ROWS": 32, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2}
     if head_dim > 128:
         return {"BLOCK_ROWS": 64, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2}
-    # Four programs share a multiprocessor; sigmoid spills for it, but only where weights are large.
-    registers = {"maxnreg": 128} if is_sigmoid else {}
-    return {"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3, **registers}
+    if is_sigmoid:
+        return {"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
+    return {"BLOCK_ROWS": 64, "BLOCK_KEYS": 128, "num_warps": 4, "num_stages": 3}
 
 
 def _scale_comes_first(terms: LogitTerms) -> bool:
