@@ -16,7 +16,6 @@ status 130).
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,14 @@ import torch
 
 from experiments.attention_contenders import Case, Inputs, contenders, passes, relative_error
 from experiments.attention_report import Measurement, attention_table, draw_figure
-from experiments.command_line import positive_float, positive_int, write_json
+from experiments.command_line import (
+    check_device,
+    positive_float,
+    positive_int,
+    report_console,
+    run_facts,
+    write_json,
+)
 from experiments.provenance import provenance
 from stability.attention import explain
 
@@ -188,10 +194,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--turn-ms", type=positive_float, default=20.0, help="length of a turn in ms (default 20)")
     add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            "--device cuda needs a CUDA device; torch.cuda.is_available() is False. Use --device cpu."
-        )
+    check_device(parser, options.device)
     return options
 
 
@@ -204,12 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 130 after Ctrl-C, 2 if nothing can be written to --out.
     """
-    from rich.console import Console
-
     options = parse_arguments(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a log file has no width; the table needs this much
+    console = report_console()
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -252,14 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         note += f" Failed somewhere: {', '.join(missing)}."
     json_path, figure_path = options.out / "attention.json", options.out / "attention.png"
-    command = ["python", "-m", "experiments.attention_benchmark"]
     write_json(
         json_path,
         {
             "schema_version": 1,
-            "command": shlex.join([*command, *(sys.argv[1:] if arguments is None else arguments)]),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "seconds": round(time.time() - started, 1),
+            **run_facts("attention_benchmark", arguments, started),
             "rounds": options.rounds,
             "measurements": [asdict(measurement) for measurement in measurements],
             "ceilings": ceilings,

@@ -17,7 +17,6 @@ Writes below --log-dir: TensorBoard events in `clean` and `faulty`, `summary.jso
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from torch import nn
 
 import probes
 from experiments.collapse_report import PairedRuns, conclusion, draw_figure, summary, summary_table
-from experiments.command_line import positive_float, positive_int, write_json
+from experiments.command_line import positive_float, positive_int, report_console, run_facts, write_json
 from experiments.provenance import provenance
 from experiments.token_chains import chain_batches
 from experiments.token_transformer import TokenTransformer, TokenTransformerConfig
@@ -185,13 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 130 after Ctrl-C, 2 if the log directory cannot be written.
     """
-    from rich.console import Console
     from rich.progress import Progress
 
     options = parse_arguments(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a log file has no width; the table needs this much
+    console = report_console()
     torch.set_num_threads(options.threads)
     config = TokenTransformerConfig(
         vocabulary=64, max_tokens=options.tokens, embed_dim=options.embed_dim, num_layers=options.layers
@@ -223,16 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pair = PairedRuns(**runs, fault_step=fault.step, fault_layer=f"blocks.{fault.block}.attention")
     facts = {
         "schema_version": 1,
-        "command": shlex.join(
-            [
-                "python",
-                "-m",
-                "experiments.attention_collapse",
-                *(sys.argv[1:] if arguments is None else arguments),
-            ]
-        ),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": round(time.time() - started, 1),
+        **run_facts("attention_collapse", arguments, started),
         "config": {
             "model": asdict(config),
             "fault": asdict(fault),

@@ -1,12 +1,21 @@
-"""What the experiments' command lines share: number types for argparse and JSON that has no NaN."""
+"""What the experiments' command lines share: checks of flags, the console, the head of a summary."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import shlex
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def positive_int(text: str) -> int:
@@ -21,6 +30,46 @@ def positive_float(text: str) -> float:
     if not 0 < (value := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a positive number; got {text}")
     return value
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Ends the program with status 2 where the device that was asked for is not there.
+
+    Args:
+        parser: Prints the message.
+        device: "cpu" or "cuda".
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            "--device cuda needs a CUDA device; torch.cuda.is_available() is False. Use --device cpu."
+        )
+
+
+def report_console() -> Console:
+    """A console for wide tables; a log file has no width of its own, and rich would fold them."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
+
+
+def run_facts(experiment: str, arguments: Sequence[str] | None, started: float) -> dict[str, Any]:
+    """How to repeat a run, and when and how long it ran.
+
+    Args:
+        experiment: Name of the module in `experiments`.
+        arguments: Its command line without the program name; None reads `sys.argv`.
+        started: When it began, in seconds since the epoch.
+
+    Returns:
+        command; started, in UTC; seconds until now.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    return {
+        "command": shlex.join(["python", "-m", f"experiments.{experiment}", *given]),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.time() - started, 1),
+    }
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

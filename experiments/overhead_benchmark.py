@@ -19,7 +19,6 @@ status 130).
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import tempfile
 import time
@@ -32,7 +31,7 @@ import numpy as np
 import torch
 
 from experiments.cell_transformer import MECHANISMS
-from experiments.command_line import positive_int, write_json
+from experiments.command_line import check_device, positive_int, report_console, run_facts, write_json
 from experiments.overhead_contenders import BARE, Contender, contenders, missing_peers
 from experiments.overhead_report import Overhead, draw_figure, overhead_table, paired_ratio
 from experiments.overhead_training import Training, cell_trainings, token_trainings
@@ -55,10 +54,13 @@ PRESETS: dict[str, Callable[[str, str], Callable[[], Training]]] = {
     ),
     "tiny-cells": lambda device, mechanism: cell_trainings(device, "tiny", 32, mechanism),
 }
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 PRESETS_WITH_MECHANISMS = ("160m", "tiny-cells")
 
 
-def time_turn(contender: Contender, training: Training, steps: int, device: str) -> float:
+def time_turn(
+    contender: Contender, training: Training, steps: int, device: str, clock: Callable[[], float]
+) -> float:
     """One turn of a contender.
 
     Args:
@@ -66,6 +68,7 @@ def time_turn(contender: Contender, training: Training, steps: int, device: str)
         training: Its copy.
         steps: Timed steps, after one that is not.
         device: Waited for before and after, if "cuda".
+        clock: Gives the time in seconds.
 
     Returns:
         Seconds of the timed steps.
@@ -73,11 +76,11 @@ def time_turn(contender: Contender, training: Training, steps: int, device: str)
     with contender.watch(training) as watch:
         training.step(watch)
         _wait_for(device)
-        started = time.perf_counter()
+        started = clock()
         for _ in range(steps):
             training.step(watch)
         _wait_for(device)
-        return time.perf_counter() - started
+        return clock() - started
 
 
 def measure(
@@ -87,6 +90,7 @@ def measure(
     rounds: int,
     steps: int,
     device: str,
+    clock: Callable[[], float] = time.perf_counter,
     on_turn: Callable[[str], None] = lambda name: None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """All rounds, or those that Ctrl-C leaves complete.
@@ -99,6 +103,7 @@ def measure(
         rounds: How often each has its turn, after a first round that is not counted.
         steps: Timed steps of a turn.
         device: "cpu" or "cuda".
+        clock: Gives the time in seconds.
         on_turn: Called with the contender's name before each turn.
 
     Returns:
@@ -117,7 +122,7 @@ def measure(
                 if name in failed:
                     continue
                 try:
-                    this_round[name] = time_turn(contender, trainings[name], steps, device)
+                    this_round[name] = time_turn(contender, trainings[name], steps, device, clock)
                 except Exception as error:
                     if contender.kind != "peer":
                         raise
@@ -164,15 +169,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=DEFAULT_STEPS,
         help=f"timed steps of a turn; where probes record, a multiple of {DEFAULT_STEPS} (the default)",
     )
+    add(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="processor: time of the process on the CPU, which other programs disturb less (default wall)",
+    )
     add("--threads", type=positive_int, default=1, help="CPU threads (default 1)")
     add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
     options = parser.parse_args(arguments)
     if options.mechanism != "softmax" and options.preset not in PRESETS_WITH_MECHANISMS:
         parser.error(f"--mechanism {options.mechanism} needs --preset 160m; {options.preset} is softmax.")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            "--device cuda needs a CUDA device; torch.cuda.is_available() is False. Use --device cpu."
-        )
+    if options.clock == "processor" and options.device != "cpu":
+        parser.error("--clock processor does not see what a GPU does; use it with --device cpu.")
+    check_device(parser, options.device)
     return options
 
 
@@ -185,13 +195,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 130 after Ctrl-C, 2 if nothing can be written to --out.
     """
-    from rich.console import Console
     from rich.progress import Progress
 
     options = parse_arguments(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a log file has no width; the table needs this much
+    console = report_console()
     torch.set_num_threads(options.threads)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -208,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rounds=options.rounds,
             steps=options.steps_per_round,
             device=options.device,
+            clock=CLOCKS[options.clock],
             on_turn=lambda name: progress.update(task, description=name, advance=1),
         )
     num_rounds = len(seconds[BARE])
@@ -225,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for contender in competitors
         if contender.name in seconds
     ]
-    title = f"Cost of watching: {options.preset}, {options.mechanism}, {options.device}"
+    title = f"Cost of watching: {options.preset}, {options.mechanism}, {options.device}, {options.clock} time"
     note = f"{num_rounds} rounds of {options.steps_per_round} steps."
     if missing := missing_peers():
         note += f" Not installed: {', '.join(missing)}."
@@ -236,16 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         json_path,
         {
             "schema_version": 1,
-            "command": shlex.join(
-                [
-                    "python",
-                    "-m",
-                    "experiments.overhead_benchmark",
-                    *(sys.argv[1:] if arguments is None else arguments),
-                ]
-            ),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "seconds": round(time.time() - started, 1),
+            **run_facts("overhead_benchmark", arguments, started),
             "rounds": num_rounds,
             "steps_per_round": options.steps_per_round,
             "overheads": [asdict(overhead) for overhead in overheads],

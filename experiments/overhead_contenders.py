@@ -59,7 +59,7 @@ def contenders(directory: Path) -> list[Contender]:
         The contenders.
     """
     ours: dict[str, dict[str, Any]] = {
-        "idle (every ..._every=0)": OFF,
+        "idle (every period 0)": OFF,
         "attention_every=0": {"attention_every": 0},
         "defaults": {},
         "defaults, TensorBoard": {"log_dir": directory / "probes"},

@@ -17,7 +17,6 @@ What counts as an explosion is defined in `experiments/explosion.py`.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ import torch
 
 from experiments.cell_transformer import MECHANISMS, CellTransformer, CellTransformerConfig
 from experiments.cells import Cells, pbmc68k, read_cells, synthetic_cells
-from experiments.command_line import positive_float, positive_int
+from experiments.command_line import check_device, positive_float, positive_int, report_console, run_facts
 from experiments.explosion import Run, judge
 from experiments.provenance import provenance
 from experiments.stress_report import conclusion, draw_figure, summary_table, write_json
@@ -112,10 +111,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             setattr(options, name, value)
     for name in ("mechanisms", "learning_rates", "seeds"):  # a repeated one would overwrite its own run
         setattr(options, name, list(dict.fromkeys(getattr(options, name))))
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            "--device cuda needs a CUDA device; torch.cuda.is_available() is False. Use --device cpu."
-        )
+    check_device(parser, options.device)
     return options
 
 
@@ -146,14 +142,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 130 after Ctrl-C, 2 for input that cannot be used.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.progress import TimeRemainingColumn as RemainingColumn
 
     options = parse_arguments(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a log file has no width; the table needs this much
+    console = report_console()
     torch.set_num_threads(options.threads)
     try:
         cells = load_cells(options.data, tokens=options.tokens)
@@ -239,11 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     judgements = judge(runs)
     facts = {
-        "command": shlex.join(
-            ["python", "-m", "experiments.stress_test", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": round(time.time() - started, 1),
+        **run_facts("stress_test", arguments, started),
         "is_interrupted": is_interrupted,
         "cells": {"source": cells.source, "cells": len(cells), "genes": len(cells.genes)},
         "config": {

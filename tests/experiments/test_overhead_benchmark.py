@@ -50,7 +50,7 @@ def test_every_configuration_is_measured_in_every_round(summary):
     for expected in (
         "bare, a second copy",
         "detached (attached, then closed)",
-        "idle (every ..._every=0)",
+        "idle (every period 0)",
         "attention_every=0",
         "defaults",
         "defaults, TensorBoard",
