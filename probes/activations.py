@@ -37,13 +37,10 @@ class Activations:
 
     Attributes:
         is_detailed: Whether largest entries are measured too.
-        loss_factor: What a ``GradScaler`` has multiplied the step's loss by, which every gradient is divided
-            by; None without one.
     """
 
     def __init__(self, pending: Pending, guard: Callable[..., None]) -> None:
         self.is_detailed = False
-        self.loss_factor: Tensor | None = None
         self._pending = pending
         self._guard = guard
         self._calls: Counter[str] = Counter()
@@ -61,7 +58,6 @@ class Activations:
     def end_step(self) -> None:
         """Lets go of everything the step's forward passes left."""
         self.start_forward()
-        self.loss_factor = None
         for handle in self._leaf_hooks:
             handle.remove()
         self._leaf_hooks.clear()
@@ -115,8 +111,6 @@ class Activations:
     def measure_gradient(self, gradient: Tensor, series: Iterable[Series]) -> None:
         """Adds the norm of a gradient under every name it has."""
         (norm,) = tensor_norms([gradient])
-        if self.loss_factor is not None:
-            norm = norm / self.loss_factor.to(norm.device, non_blocking=True)
         for name in series:
             self._pending.add(name, norm)
 

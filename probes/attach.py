@@ -17,7 +17,7 @@ from probes.schedule import Schedule
 from probes.sinks.sink import Sink
 from probes.sinks.tensorboard import TensorBoardSink
 from stability.divergence import Detector, default_detectors
-from stability.module_calls import layer_names
+from stability.module_calls import is_compiled, layer_names
 
 _open_probes: dict[nn.Module, Probe] = {}
 
@@ -161,7 +161,7 @@ def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
     for name, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        if is_compiled(module):
             where = f"`{name}` in `model`" if name else "`model`"
             raise ValueError(
                 f"{where} is compiled already; attach to the model first and compile it then: "

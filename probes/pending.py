@@ -15,6 +15,10 @@ from probes.quantities import reduction_of, root_sum_of_squares
 from probes.record import ALL_LAYERS, Series, StepRecords
 
 GLOBAL_GRAD_NORM = Series(ALL_LAYERS, "grad_norm")
+# What a GradScaler has multiplied the loss by, and what is therefore divided by it. (Parameters' gradients
+# are unscaled when they are measured.)
+LOSS_FACTOR = Series(ALL_LAYERS, "_loss_factor")
+_OF_THE_SCALED_LOSS = ("activation_grad_norm", "_input_grad_norm", "_output_grad_norm")
 
 
 class Measurement(NamedTuple):
@@ -136,6 +140,10 @@ class Transfer:
                 joined[series] = number
         for series, numbers in parts.items():
             joined[series] = reduction_of(series.quantity)(numbers)
+        if loss_factor := joined.get(LOSS_FACTOR):
+            for series in joined:
+                if series.quantity in _OF_THE_SCALED_LOSS:
+                    joined[series] /= loss_factor
         for result, numerator, denominator in self._pending.ratios:
             # A gradient of zero on both sides has no ratio.
             if joined.get(denominator) and numerator in joined:

@@ -19,7 +19,7 @@ from probes.layer_jacobians import measure_layer_jacobian
 from probes.layers import activation_layers, outermost_blocks, parameter_layers
 from probes.optimizer_state import OptimizerState
 from probes.parameter_gradients import measure_gradients
-from probes.pending import Pending
+from probes.pending import LOSS_FACTOR, Pending
 from probes.record import ALL_LAYERS, Series
 from probes.schedule import Schedule, is_due
 from stability.module_calls import ModuleCalls, in_backward
@@ -82,13 +82,13 @@ class Watch:
             (self._compiled_layers, self.attention) if self._sees_attention else (self._compiled_layers,)
         )
         self._stepped: set[Optimizer] = set()
-        self._in_scaler_step = False
-        self._is_optimizer_called = False
+        self._scaled_optimizer: Optimizer | None = None  # which a GradScaler is about to step, or not
         self._jacobians_measured: set[str] = set()
         self._is_measuring_jacobian = False
         self._failed: set[str] = set()
         self._module_hooks = ExitStack()
         self._are_modules_hooked = False
+        self._is_released = False
 
     def install(self, handles: ExitStack) -> None:
         """Hooks everything; ends when ``handles`` closes."""
@@ -96,9 +96,7 @@ class Watch:
         handles.callback(self._compiled_layers.close)
         if self._sees_attention:
             self.attention.install(handles)
-        handles.enter_context(
-            observe_grad_scaler(self._after_scaling, self._before_scaler_step, self._after_scaler_step)
-        )
+        handles.enter_context(observe_grad_scaler(self._before_scaler_step, self._after_scaler_step))
         for optimizer in self._optimizers:
             handles.callback(optimizer.register_step_pre_hook(self._before_optimizer).remove)
             handles.callback(optimizer.register_step_post_hook(self._after_optimizer).remove)
@@ -126,8 +124,7 @@ class Watch:
 
     def end_step(self) -> None:
         """Hands the step's measurements over and begins the next."""
-        if self._measured_layers and self.pending.has("grad_norm") and not self._is_forward_seen:
-            self._guard("forward passes", _miss_forward)
+        self._say_what_was_missed()
         self._is_forward_seen = False
         self._activations.end_step()
         step, pending = self.step, self.pending.take()
@@ -139,7 +136,23 @@ class Watch:
         if self._is_recorded or self._is_detailed:
             self._guard("gradients", self._measure_gradients, self._layer_of, None)
 
+    def _say_what_was_missed(self) -> None:
+        if self._measured_layers and self.pending.has("grad_norm") and not self._is_forward_seen:
+            self._warn_once(
+                "forward passes",
+                f"no forward pass of the model was seen in step {self.step}. A model that is called by its "
+                "`forward` method, or compiled by a torch before 2.13, shows gradients and weights only; "
+                "call the model itself.",
+            )
+        if self._is_jacobian_due and self.attention.is_compiled and not self._jacobians_measured:
+            self._warn_once(
+                "layer Jacobians",
+                "layer Jacobians are not measured in compiled code: torch.func cannot run a layer that is "
+                "part of a graph. Leave `layer_jacobian_every` out, or the model uncompiled.",
+            )
+
     def _let_go(self) -> None:
+        self._is_released = True
         self._module_hooks.close()
         self._activations.end_step()
 
@@ -148,6 +161,8 @@ class Watch:
 
         In compiled code the hooks stay, or there would be a second graph without them.
         """
+        if self._is_released:
+            return
         is_needed = is_needed or self.attention.is_compiled or self._compiled_layers.is_compiled
         if is_needed and not self._are_modules_hooked:
             self._module_calls.install(self._module_hooks)
@@ -203,28 +218,29 @@ class Watch:
             series = self._activations.output_gradient_series(layer, call, has_input=has_input)
         self._activations.measure_gradient(gradient, series)
 
-    def _after_scaling(self, factor: Tensor) -> None:
-        self._activations.loss_factor = factor
-
-    def _before_scaler_step(self, optimizer: Optimizer) -> None:
-        self._in_scaler_step, self._is_optimizer_called = True, False
+    def _before_scaler_step(self, optimizer: Optimizer, factor: Tensor) -> None:
+        if optimizer not in self._optimizers:
+            return
+        self._scaled_optimizer = optimizer
+        if self._measured_layers and not self.pending.has(LOSS_FACTOR.quantity):
+            self.pending.add(LOSS_FACTOR, factor.clone().reshape(()))
 
     def _after_scaler_step(self, optimizer: Optimizer) -> None:
-        self._in_scaler_step = False
-        if optimizer not in self._optimizers or self._is_optimizer_called:
-            return
+        if self._scaled_optimizer is not optimizer:
+            return  # its own hook has seen the step, or it is somebody else's
+        self._scaled_optimizer = None
         if self._is_measured(optimizer):
             self._guard("gradients", self._measure_gradients, _parameters(optimizer), None)
         self.pending.add_number(SKIPPED_STEP, 1.0)
         self._finish(optimizer)
 
     def _before_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        self._is_optimizer_called = True
+        is_scaled, self._scaled_optimizer = self._scaled_optimizer is optimizer, None
         if len(self._stepped | {optimizer}) == len(self._optimizers):
             self._before_step_ends()
         if not self._is_measured(optimizer):
             return
-        if self._in_scaler_step:
+        if is_scaled:
             # A fused optimizer is called in any case, and told on the device whether to step.
             found_inf = getattr(optimizer, "found_inf", None)
             if found_inf is None:
@@ -274,19 +290,15 @@ class Watch:
         try:
             measure(*arguments, **options)
         except Exception as error:
-            self._failed.add(what)
-            warnings.warn(
+            self._warn_once(
+                what,
                 f"measuring {what} failed at step {self.step} and is given up; training goes on: {error!r}",
-                ProbeWarning,
-                stacklevel=2,
             )
 
-
-def _miss_forward() -> None:
-    raise RuntimeError(
-        "no forward pass of the model was seen. Compiled by a torch before 2.13, or called by its `forward` "
-        "method, a model shows gradients and weights only"
-    )
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._failed:
+            self._failed.add(what)
+            warnings.warn(message, ProbeWarning, stacklevel=3)
 
 
 def _has_closure(args: tuple, kwargs: dict) -> bool:

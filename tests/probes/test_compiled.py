@@ -208,6 +208,29 @@ def test_what_compiled_code_hides_is_said() -> None:
     assert (site.layer, site.kind) == ("1", "Attention")
 
 
+def test_layer_jacobians_are_said_to_be_missing() -> None:
+    make, call, _ = MODELS["scaled_dot_product_attention"]
+    with pytest.warns(probes.ProbeWarning, match="layer Jacobians are not measured in compiled code"):
+        record(make, call, compiled, layer_jacobian_every=1)
+
+
+def test_a_graph_that_breaks_records_the_same() -> None:
+    class Broken(TokenTransformer):
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.token_embedding(tokens)
+            for block in self.blocks:
+                x = block(x)
+                torch._dynamo.graph_break()
+            return self.head(self.final_norm(x))
+
+    def make() -> nn.Module:
+        return Broken(SMALL)
+
+    _, eager = record(make, lambda model: model(TOKENS))
+    _, seen = record(make, lambda model: model(TOKENS), lambda m: torch.compile(m, backend="aot_eager"))
+    assert seen == pytest.approx(eager, rel=1e-3, abs=1e-5)
+
+
 def test_a_closed_probe_leaves_compiled_code_working() -> None:
     model = TokenTransformer(SMALL)
     expected = model(TOKENS)

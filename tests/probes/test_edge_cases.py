@@ -153,6 +153,32 @@ def test_a_step_that_a_scaler_skips_is_marked_and_no_divergence(fused: bool) -> 
     assert not hasattr(torch.amp.GradScaler.step, "__wrapped__")
 
 
+def test_another_models_scaler_changes_nothing() -> None:
+    watched, other = nn.Sequential(nn.Linear(2, 1, bias=False)), nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(watched.parameters(), lr=0.1)
+    others = torch.optim.SGD(other.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with probes.attach(watched, optimizer) as probe:
+        scaler.scale(other(torch.ones(1, 2)).sum()).backward()
+        watched(torch.tensor([[3.0, 4.0]])).sum().backward()
+        scaler.step(others)
+        optimizer.step()
+    assert values_of(probe, "activation_grad_norm", "0") == [1.0]
+    assert values_of(probe, "skipped_step", "(all)") == []
+
+
+def test_a_model_called_by_its_forward_method_is_said_to_be_unseen() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(probes.ProbeWarning, match="no forward pass of the model was seen in step 0") as caught:
+        with probes.attach(model, optimizer, activations_every=1) as probe:
+            for _ in range(2):
+                model.forward(torch.ones(1, 2)).sum().backward()
+                optimizer.step()
+    assert len(caught) == 1
+    assert len(values_of(probe, "grad_norm", "(root)")) == 2
+
+
 def test_weights_that_are_not_finite_are_a_divergence_though_steps_are_skipped() -> None:
     skipped = {"skipped_step": {"(all)": 1.0}, "grad_norm": {"a": math.nan}, "activation_rms": {"a": 1.0}}
     assert NonFiniteDetector().update(0, skipped) == []

@@ -205,6 +205,33 @@ class TestLettingGo:
             probe.log(loss=1.0)
         assert [(r.step, r.quantity) for r in probe.records] == [(1, "loss")]
 
+    def test_modules_are_hooked_only_for_steps_that_measure_them(self) -> None:
+        model, optimizer = linear()
+        hooked = []
+        with probes.attach(model, optimizer) as probe:
+            for _ in range(11):
+                hooked.append(bool(torch_module._global_forward_hooks))
+                one_step(model, optimizer, torch.ones(1, 2))
+            state = probe.state_dict()
+        assert hooked == [True, *[False] * 9, True]
+        probe.load_state_dict({**state, "step": 0})
+        assert not torch_module._global_forward_hooks
+
+    def test_the_default_periods(self) -> None:
+        model, optimizer = linear()
+        with probes.attach(model, optimizer) as probe:
+            for _ in range(101):
+                one_step(model, optimizer, torch.ones(1, 2))
+        steps = {
+            quantity: sorted({r.step for r in probe.records if r.quantity == quantity})
+            for quantity in ("grad_norm", "activation_rms", "update_ratio")
+        }
+        assert steps == {
+            "grad_norm": list(range(101)),
+            "activation_rms": list(range(0, 101, 10)),
+            "update_ratio": [0, 100],
+        }
+
     def test_a_script_that_never_closes_loses_nothing(self, tmp_path: Path) -> None:
         script = f"""
 import torch, probes
