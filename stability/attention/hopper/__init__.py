@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .eligibility import can_run
+from stability.attention.hopper.eligibility import can_run
 
 __all__ = ["backward", "can_run", "forward"]
 

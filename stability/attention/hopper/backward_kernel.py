@@ -40,9 +40,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward_schedule import CONSUMERS, FUSED, QUERIES, ROWS, find_tile, produce
-from .sigmoid import logit_coefficients, narrow, sigmoid_and_slope, slope_factor, weight_factor
-from .tiles import clear_padding
+from stability.attention.hopper.backward_schedule import CONSUMERS, FUSED, QUERIES, ROWS, find_tile, produce
+from stability.attention.hopper.sigmoid import (
+    logit_coefficients,
+    narrow,
+    sigmoid_and_slope,
+    slope_factor,
+    weight_factor,
+)
+from stability.attention.hopper.tiles import clear_padding
 
 
 @builtin

@@ -32,8 +32,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .sigmoid import logit_coefficients, narrow, sigmoid, weight_factor
-from .tiles import clear_padding
+from stability.attention.hopper.sigmoid import logit_coefficients, narrow, sigmoid, weight_factor
+from stability.attention.hopper.tiles import clear_padding
 
 ROWS = gl.constexpr(64)  # of a consumer: the height of a wgmma
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stability.attention.hopper.backward_kernel import sigmoid_backward
+from stability.attention.hopper.backward_schedule import FUSED, KEYS, QUERIES
+from stability.attention.hopper.eligibility import DETERMINISTIC_HEAD_DIMS, layout_problem
+from stability.attention.hopper.launch import descriptor
+from stability.attention.hopper.sigmoid import ACCURATE, CURVATURE, FAST
 from stability.attention.layout import empty_like_tokens
-
-from .backward_kernel import sigmoid_backward
-from .backward_schedule import FUSED, KEYS, QUERIES
-from .eligibility import DETERMINISTIC_HEAD_DIMS, layout_problem
-from .launch import descriptor
-from .sigmoid import ACCURATE, CURVATURE, FAST
 
 HELD_ROWS = 128  # of a program: two consumers of 64
 STREAMED_ROWS = 64

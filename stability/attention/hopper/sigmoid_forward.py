@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from stability.attention.hopper.blocks import forward_blocks
+from stability.attention.hopper.forward_kernel import sigmoid_forward
+from stability.attention.hopper.launch import descriptor, multiprocessors
+from stability.attention.hopper.sigmoid import ACCURATE, FAST
 from stability.attention.layout import empty_like_tokens
-
-from .blocks import forward_blocks
-from .forward_kernel import sigmoid_forward
-from .launch import descriptor, multiprocessors
-from .sigmoid import ACCURATE, FAST
 
 
 def forward(
