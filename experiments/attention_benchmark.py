@@ -1,9 +1,10 @@
 """Sigmoid attention against its peers and softmax attention: speed and error, interleaved in one process.
 
-In each round every contender takes its turn, in an order that rotates from round to round; a turn is as many
-calls as fill --turn-ms. Reported is the median over rounds, in TFLOP/s counted on valid tokens only: an
-implementation that computes padding pays for it. The error of the output against float64 stands beside each
-speed. Ceilings, a matrix product and a copy, are measured in the same rounds.
+In each round every contender takes its turn, in an order that is drawn anew each time; a turn is as many
+calls as fill --turn-ms, after half as many that are not counted and bring the chip to the clock it keeps under
+this load. Reported is the median over rounds, in TFLOP/s counted on valid tokens only: an implementation that
+computes padding pays for it. The error of the output against float64 stands beside each speed. Ceilings, a
+matrix product and a copy, are measured in the same rounds.
 
     PYTHONPATH=. python -m experiments.attention_benchmark                    # one H100, about 15 minutes
     PYTHONPATH=. python -m experiments.attention_benchmark --preset quick     # two cases
@@ -16,6 +17,7 @@ status 130).
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -59,16 +61,18 @@ PRESETS: dict[str, list[Case]] = {
 
 
 def time_turn(function: Callable[[], object], calls: int, device: str) -> float:
-    """One turn.
+    """One turn, after half as many calls that are not counted.
 
     Args:
         function: What is timed.
-        calls: How often it is called.
+        calls: How often it is called while the time is taken.
         device: "cuda" is timed by events on the stream.
 
     Returns:
         Milliseconds a call.
     """
+    for _ in range(calls // 2):
+        function()
     if device == "cpu":
         started = time.perf_counter()
         for _ in range(calls):
@@ -90,7 +94,7 @@ def measure(
 
     Args:
         functions: Name → what is timed.
-        rounds: How often each has its turn, after one that is not counted.
+        rounds: How often each has its turn.
         turn_ms: Length of a turn.
         device: "cpu" or "cuda".
 
@@ -103,12 +107,11 @@ def measure(
         calls[name] = max(1, round(turn_ms / max(time_turn(function, 2, device), 1e-3)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
-    for number in range(rounds + 1):
-        first = number % len(names)
-        for name in [*names[first:], *names[:first]]:
-            elapsed = time_turn(functions[name], calls[name], device)
-            if number:
-                times[name].append(elapsed)
+    shuffle = random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(names)  # a fixed order would give each the clock that the one before it left behind
+        for name in names:
+            times[name].append(time_turn(functions[name], calls[name], device))
     return {name: float(np.median(values)) for name, values in times.items()}
 
 

@@ -23,8 +23,7 @@ MECHANISMS: dict[str, Any] = {"softmax": softmax_attention, "sigmoid": sigmoid_a
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"embed_dim": 16, "num_layers": 2, "num_heads": 2},
     "laptop": {"embed_dim": 128, "num_layers": 5, "num_heads": 2},
-    # The unfused reference attention would keep several [16, 8192, 8192] tensors a layer for backward.
-    "160m": {"embed_dim": 1024, "num_layers": 12, "num_heads": 16, "checkpoint_attention": True},
+    "160m": {"embed_dim": 1024, "num_layers": 12, "num_heads": 16},
 }
 
 

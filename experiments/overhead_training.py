@@ -112,5 +112,6 @@ def _training(
     make_model: Callable[[], nn.Module], loss_of: Callable[[nn.Module, int], Tensor], device: str
 ) -> Training:
     torch.manual_seed(0)
-    model = make_model().to(device)
+    with torch.device(device):  # a second instead of half a minute for 160 million parameters
+        model = make_model()
     return Training(model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), loss_of)

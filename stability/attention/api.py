@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from stability.attention import reference
+from stability.attention import fused_softmax, reference
 from stability.attention.autocast import cast_under_autocast, without_autocast
 from stability.attention.call import AttentionCall
 from stability.attention.dispatch import (
     Explanation,
     Implementation,
     Precision,
+    SoftmaxImplementation,
     check_choice,
+    check_softmax_choice,
     choose,
     why_not_triton,
 )
@@ -35,12 +37,17 @@ def softmax_attention(
     enable_gqa: bool = False,
     key_lengths: Tensor | Sequence[int] | None = None,
     query_lengths: Tensor | Sequence[int] | None = None,
+    implementation: SoftmaxImplementation = "auto",
 ) -> Tensor:
     """Scaled dot-product attention with torch's meanings, and padding given by lengths.
 
     Formula: softmax(scale · Q Kᵀ + attn_mask) V, each row over its allowed keys. A row without an allowed key
     gives zeros. Logits and weights are float32 (float64 for float64 inputs); the weights are rounded to the
     value's dtype for the second product. Under autocast query, key and value are cast first, as torch does.
+
+    On CUDA, half-precision calls go to torch's fused kernels where these have the same meanings: no
+    `attn_mask`, causal only with as many queries as keys and without lengths. Those kernels have no second
+    derivative; `implementation="reference"` has.
 
     Args:
         query: [batch, heads, tokens_q, head_dim], floating point.
@@ -56,13 +63,14 @@ def softmax_attention(
             gradient zero. Range-checked on the CPU, clamped on other devices. None: no padding.
         query_lengths: [batch] integers; output rows from there on are zeros, with gradient zero. None: all
             rows are valid, also where `key_lengths` is given.
+        implementation: "auto", "fused" (torch's kernels or an error) or "reference" (plain PyTorch).
 
     Returns:
         [batch, heads, tokens_q, value_dim].
 
     Raises:
         TypeError: A wrong type or dtype.
-        ValueError: A wrong shape, value or device.
+        ValueError: A wrong shape, value or device, or "fused" for a call that it cannot compute.
 
     Source:
         Vaswani et al. 2017 (arXiv 1706.03762), equation 1.
@@ -86,8 +94,16 @@ def softmax_attention(
         query_lengths=query_lengths,
     )
     terms = _check(call, value, dropout_p)
+    check_softmax_choice(implementation)
+    reason = None
+    if implementation != "reference":
+        reason = fused_softmax.why_not_fused(query, key, value, terms, dropout_p)
+    if reason is not None and implementation == "fused":
+        raise ValueError(f'implementation="fused" cannot compute this call: {reason}. Pass "auto".')
     notify(call)
     with without_autocast(query):
+        if implementation != "reference" and reason is None:
+            return fused_softmax.attend(query, key, value, terms, dropout_p)
         return reference.softmax_attention(query, key, value, terms, dropout_p)
 
 

@@ -30,6 +30,7 @@ from stability.attention.validation import LogitTerms
 
 Implementation = Literal["auto", "hopper", "triton", "reference"]
 Precision = Literal["accurate", "fast"]
+SoftmaxImplementation = Literal["auto", "fused", "reference"]
 
 MAX_HEAD_DIM = 256
 _IMPLEMENTATIONS, _PRECISIONS = get_args(Implementation), get_args(Precision)
@@ -60,8 +61,17 @@ def check_choice(implementation: str, precision: str) -> None:
         ("implementation", implementation, _IMPLEMENTATIONS),
         ("precision", precision, _PRECISIONS),
     ):
-        if given not in valid:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, valid))}; got {given!r}.")
+        _check_name(name, given, valid)
+
+
+def check_softmax_choice(implementation: str) -> None:
+    """Checks the name by which a caller chooses softmax's implementation."""
+    _check_name("implementation", implementation, get_args(SoftmaxImplementation))
+
+
+def _check_name(argument: str, given: str, valid: tuple[str, ...]) -> None:
+    if given not in valid:
+        raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, valid))}; got {given!r}.")
 
 
 def choose(
@@ -123,7 +133,7 @@ def why_not_triton(
         return f"head dimensions end at {MAX_HEAD_DIM}, not {query.shape[3]} and {value.shape[3]} (value)"
     if is_fast and query.dtype not in _HALF:
         return f'precision "fast" is for float16 and bfloat16, not {query.dtype}'
-    if _is_transformed():
+    if is_transformed():
         return "torch.func transforms and forward-mode differentiation go through the reference"
     return None
 
@@ -174,7 +184,8 @@ def refuse(refusals: dict[str, str]) -> ValueError:
     )
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, outside of compiled code."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

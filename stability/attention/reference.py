@@ -15,7 +15,7 @@ from torch import Tensor, softmax  # by name: attention written by hand is obser
 from torch.nn import functional
 
 from stability.attention.logits import NEGATIVE_INFINITY, add_logit_terms_
-from stability.attention.validation import LogitTerms, logit_dtype
+from stability.attention.validation import LogitTerms, logit_dtype, padding_of
 
 
 def softmax_attention(
@@ -61,7 +61,7 @@ def sigmoid_attention(
     """
     query, key, value = _clear_padding(query, key, value, terms)
     output = _weighted_sum(_logits(query, key, terms).add_(terms.bias).sigmoid_(), value, dropout_p)
-    is_padding = _is_padding(query, terms.query_lengths)
+    is_padding = padding_of(query, terms.query_lengths)
     return output if is_padding is None else output.masked_fill(is_padding, 0.0)
 
 
@@ -69,22 +69,14 @@ def _clear_padding(
     query: Tensor, key: Tensor, value: Tensor, terms: LogitTerms
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Zeros in place of padding, and key and value heads repeated to the number of query heads."""
-    if (is_padding := _is_padding(query, terms.query_lengths)) is not None:
+    if (is_padding := padding_of(query, terms.query_lengths)) is not None:
         query = query.masked_fill(is_padding, 0.0)
-    if (is_padding := _is_padding(key, terms.key_lengths)) is not None:
+    if (is_padding := padding_of(key, terms.key_lengths)) is not None:
         key = key.masked_fill(is_padding, 0.0)
         value = value.masked_fill(is_padding, 0.0)
     if (group := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     return query, key, value
-
-
-def _is_padding(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:
-    """[batch, 1, tokens, 1], True from each sequence's length on."""
-    if lengths is None:
-        return None
-    position = torch.arange(tokens.shape[2], device=tokens.device)
-    return (position >= lengths[:, None])[:, None, :, None]
 
 
 def _logits(query: Tensor, key: Tensor, terms: LogitTerms) -> Tensor:

@@ -47,6 +47,14 @@ def logit_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def padding_of(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """[batch, 1, tokens, 1] for [batch, heads, tokens, dim]: True from each sequence's length on."""
+    if lengths is None:
+        return None
+    position = torch.arange(tokens.shape[2], device=tokens.device)
+    return (position >= lengths[:, None])[:, None, :, None]
+
+
 def logit_terms(call: AttentionCall) -> LogitTerms:
     """Checks a call and brings what enters its logits into canonical form.
 

@@ -97,7 +97,9 @@ def _consume(
     tokens_held, tokens_streamed, heads, _, _ = sizes
     dtype: gl.constexpr = points.dtype
     HEAD_DIM: gl.constexpr = points.shape[2]
-    HELD_IN_REGISTERS: gl.constexpr = HEAD_DIM == 64 or PASS == QUERIES
+    # At head_dim 64 only the fused loop: in the others ptxas 12.8 reuses the held registers (see the test of
+    # overwritten operands), and every block after the first would be multiplied by slopes.
+    HELD_IN_REGISTERS: gl.constexpr = PASS == QUERIES if HEAD_DIM == 128 else PASS == FUSED
     HALVES: gl.constexpr = HEAD_DIM == 128
     COLUMNS: gl.constexpr = HEAD_DIM // 2 if HALVES else HEAD_DIM  # of dQ that a consumer computes
     column: gl.constexpr = CONSUMER * COLUMNS if HALVES else 0

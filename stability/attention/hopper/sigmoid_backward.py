@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stability.attention.hopper.backward_kernel import sigmoid_backward
 from stability.attention.hopper.backward_schedule import FUSED, KEYS, QUERIES
-from stability.attention.hopper.eligibility import DETERMINISTIC_HEAD_DIMS, layout_problem
+from stability.attention.hopper.eligibility import layout_problem
 from stability.attention.hopper.launch import descriptor
 from stability.attention.hopper.sigmoid import ACCURATE, CURVATURE, FAST
 from stability.attention.layout import empty_like_tokens
@@ -60,10 +60,6 @@ def backward(
     group = heads // key_heads
     if layout_problem("grad_output", grad_output) is not None:
         grad_output = empty_like_tokens(query, head_dim).copy_(grad_output)
-    if is_deterministic and head_dim not in DETERMINISTIC_HEAD_DIMS:
-        raise NotImplementedError(
-            f"the deterministic pass is wrong at head_dim {head_dim}; `can_run` says so."
-        )
     grad_query = empty_like_tokens(query, head_dim)
     # Of shared key heads, every query head gets a gradient of its own first.
     per_head = key if group == 1 else key.repeat_interleave(group, 1)[:, :, :1].expand(-1, -1, tokens_k, -1)

@@ -106,7 +106,30 @@ def measure(cubin: bytes) -> dict[str, int]:
     inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
     spills = [sum("LDL" in line or "STL" in line for line in code[a:b]) for a, b in inner]
     registers = max(int(number) for line in code for number in re.findall(r"\bR(\d+)\b", line)) + 1
-    return {"registers": registers, "loops": len(inner), "loop_spills": max(spills, default=0)}
+    return {
+        "registers": registers,
+        "loops": len(inner),
+        "loop_spills": max(spills, default=0),
+        "overwritten_operands": sum(num_overwritten_operands(code[a:b]) for a, b in inner),
+    }
+
+
+def num_overwritten_operands(loop: list[str]) -> int:
+    """Registers that a loop multiplies by as they come in, and then writes other things to.
+
+    What a kernel holds in registers across the loop must not change there, and ptxas 12.8 has given such
+    registers to the slopes of the same loop: every block after the first was multiplied by the wrong matrix.
+    """
+    held: set[int] = set()
+    written: set[int] = set()
+    for line in loop:
+        instruction = re.sub(r"^@!?U?P\d+\s+", "", line)
+        if match := re.match(r"HGMMA\S*\s+R\d+, R(\d+), gdesc", instruction):
+            held |= set(range(int(match[1]), int(match[1]) + 4)) - written
+        elif match := re.match(r"\S+\s+R(\d+)\b", instruction):
+            width = 4 if instruction.startswith("LDSM") else 1
+            written |= set(range(int(match[1]), int(match[1]) + width))
+    return len(held & written)
 
 
 def main() -> None:

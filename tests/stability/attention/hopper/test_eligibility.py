@@ -64,12 +64,6 @@ def test_what_it_takes(hopper: Any, head_dim: int, dtype: torch.dtype) -> None:
     assert ask(head_dim, head_dim, dtype, is_causal=True, key_lengths=torch.tensor([3])) is None
 
 
-def test_it_leaves_deterministic_steps_at_head_dim_64_to_others(hopper: Any) -> None:
-    hopper.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert ask(64) == "its deterministic backward pass is wrong at head_dim 64 (docs/results/)"
-    assert ask(128, 128) is None
-
-
 def test_what_it_refuses(hopper: Any) -> None:
     assert ask(96, 96) == "head_dim is 96, not 64 or 128"
     assert ask(64, 128) == "value's head_dim 128 differs from query's 64"

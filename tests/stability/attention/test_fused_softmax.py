@@ -1,0 +1,130 @@
+"""Torch's fused kernels against the reference: which calls they get, padding, gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stability import softmax_attention
+from stability.attention import fused_softmax
+from stability.attention.call import AttentionCall
+from stability.attention.validation import logit_terms
+
+
+def make(tokens_q: int, tokens_k: int, device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(tokens_q * 1000 + tokens_k)
+    shapes = [(3, 2, tokens_q, 64), (3, 2, tokens_k, 64), (3, 2, tokens_k, 64)]
+    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+
+
+def terms_of(query: Tensor, key: Tensor, **arguments: Any) -> Any:
+    return logit_terms(AttentionCall("softmax", query, key, **arguments))
+
+
+@pytest.mark.parametrize("lengths", [None, [0, 3, 17], [17, 1, 16]])
+def test_boundaries_cover_all_tokens_and_keep_the_valid_ones_together(lengths: list[int] | None) -> None:
+    given = None if lengths is None else torch.tensor(lengths)
+    boundaries = fused_softmax._boundaries(given, 3, 17, torch.device("cpu"))
+    assert boundaries.dtype is torch.int32
+    assert len(boundaries) == 3 * (fused_softmax.PADDING_PIECES + 1) + 1
+    sizes = boundaries.diff().view(3, -1)
+    assert sizes[:, 0].tolist() == (lengths or [17, 17, 17])
+    assert sizes.sum(1).tolist() == [17, 17, 17]
+    assert sizes[:, 1:].max() <= -(-17 // fused_softmax.PADDING_PIECES)
+
+
+@pytest.mark.parametrize("query_lengths", [None, [0, 5, 9]])
+@pytest.mark.parametrize("key_lengths", [None, [4, 0, 7]])
+def test_lengths_mean_what_the_reference_means(
+    query_lengths: list[int] | None, key_lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashAttention is played by the reference, sequence by sequence, since it needs a GPU."""
+
+    def varlen_attn(query: Tensor, key: Tensor, value: Tensor, q: Tensor, k: Tensor, *_: int) -> Tensor:
+        pieces = []
+        for a, b, c, d in zip(q[:-1], q[1:], k[:-1], k[1:], strict=True):
+            rows = [t.transpose(0, 1)[None] for t in (query[a:b], key[c:d], value[c:d])]
+            if b > a:
+                seen = softmax_attention(*rows) if d > c else torch.zeros_like(rows[0])
+                pieces.append(seen[0].transpose(0, 1))
+        return torch.cat(pieces)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    query, key, value = make(9, 7, "cpu", torch.float64)
+    lengths = {"query_lengths": query_lengths, "key_lengths": key_lengths}
+    actual = fused_softmax.attend(query, key, value, terms_of(query, key, **lengths), 0.0)
+    expected = softmax_attention(query, key, value, **lengths)
+    torch.testing.assert_close(actual, expected)
+    for a, b in zip(
+        torch.autograd.grad(actual.cos().sum(), (query, key, value)),
+        torch.autograd.grad(expected.cos().sum(), (query, key, value)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_dense_calls_are_torchs_own() -> None:
+    query, key, value = make(8, 8, "cpu", torch.float64)
+    for arguments in ({}, {"is_causal": True}, {"scale": 0.3}):
+        actual = fused_softmax.attend(query, key, value, terms_of(query, key, **arguments), 0.0)
+        torch.testing.assert_close(actual, softmax_attention(query, key, value, **arguments))
+
+
+def test_what_is_asked_for_by_name_is_computed_so_or_refused() -> None:
+    x = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="\"fused\" cannot compute this call: the tensors are on 'cpu'"):
+        softmax_attention(x, x, x, implementation="fused")
+    with pytest.raises(ValueError, match="one of 'auto', 'fused', 'reference'; got 'flash'"):
+        softmax_attention(x, x, x, implementation="flash")
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "lengths": {"key_lengths": [300, 0, 77], "query_lengths": [300, 5, 0]},
+    "keys only": {"key_lengths": [300, 0, 77]},
+    "queries only": {"query_lengths": [300, 0, 77]},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("call", CALLS)
+def test_on_a_gpu_equals_the_reference_whatever_the_padding_holds(call: str, dtype: torch.dtype) -> None:
+    arguments = CALLS[call]
+    query, key, value = make(300, 300, "cuda", dtype)
+    weights = torch.randn(query.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+
+    def results(implementation: str, *inputs: Tensor) -> list[Tensor]:
+        output = softmax_attention(*inputs, implementation=implementation, **arguments)
+        return [output, *torch.autograd.grad((output.float() * weights).sum(), inputs)]
+
+    exact = results("reference", *(x.detach().double().requires_grad_() for x in (query, key, value)))
+    dirty = [x.detach().clone() for x in (query, key, value)]
+    for x, lengths in zip(dirty, ("query_lengths", "key_lengths", "key_lengths"), strict=True):
+        for sequence, length in enumerate(arguments.get(lengths, [300, 300, 300])):
+            x[sequence, :, length:] = torch.nan
+    fused = results("fused", *(x.requires_grad_() for x in dirty))
+    for a, b in zip(fused, exact, strict=True):
+        assert (a.double() - b).norm() <= 1e-2 * b.norm().clamp_min(1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"attn_mask": torch.ones(4, 4, dtype=torch.bool)}, "attn_mask"),
+        ({"key_lengths": [3], "is_causal": True}, "aligns causal order"),
+        ({"key_lengths": [3], "dropout_p": 0.1}, "no dropout"),
+        ({"key_lengths": [3], "scale": 0.1}, "no `scale`"),
+    ],
+)
+def test_on_a_gpu_other_calls_go_to_the_reference(arguments: dict[str, Any], reason: str) -> None:
+    x = torch.randn(1, 2, 4, 8, device="cuda", dtype=torch.bfloat16)
+    arguments = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    with pytest.raises(ValueError, match=reason):
+        softmax_attention(x, x, x, implementation="fused", **arguments)
+    assert softmax_attention(x, x, x, **arguments).shape == x.shape
