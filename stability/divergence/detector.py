@@ -22,12 +22,17 @@ class Alert:
 
     Attributes:
         step: Optimizer step whose numbers led to the verdict.
-        layer: Layer where it began.
+        layer: Layer where it began; ALL_LAYERS where it is nobody's (the loss, the learning rate).
         quantity: Quantity that showed it.
         severity: "warning", or "divergence" where training as it runs will not recover by itself.
         value: The quantity's value at that step.
         reference: What it was compared with, in the same unit; None where there is nothing to compare.
         reason: One sentence for a person.
+        kind: Signature of the fault, such as "gradient-explosion".
+        onset_step: First step at which the quantity had left its range; None where that is not known.
+        evidence: (step, value) of the quantity in that layer before and from onset, at most 16 points.
+        spread: Layers that followed, in the order of time, then of the forward pass.
+        remedies: What usually helps, with its literature.
     """
 
     step: int
@@ -37,9 +42,15 @@ class Alert:
     value: float
     reference: float | None
     reason: str
+    kind: str = ""
+    onset_step: int | None = None
+    evidence: tuple[tuple[int, float], ...] = ()
+    spread: tuple[str, ...] = ()
+    remedies: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"step {self.step}: {self.severity} in {self.layer}: {self.reason}"
+        since = "" if self.onset_step in (None, self.step) else f", since step {self.onset_step}"
+        return f"step {self.step}: {self.severity} in {self.layer}{since}: {self.reason}"
 
 
 class Detector(Protocol):
