@@ -1,8 +1,8 @@
 """Sigmoid attention against its peers and softmax attention: speed and error, interleaved in one process.
 
 In each round every contender takes its turn, in an order that is drawn anew each time; a turn is as many
-calls as fill --turn-ms, after half as many that are not counted and bring the chip to the clock it keeps under
-this load. Reported is the median over rounds, in TFLOP/s counted on valid tokens only: an implementation that
+calls as fill --turn-ms, after half as many that are not counted and bring the chip to the clock of this load.
+Reported is the median over rounds, in TFLOP/s counted on valid tokens only: an implementation that
 computes padding pays for it. The error of the output against float64 stands beside each speed. Ceilings, a
 matrix product and a copy, are measured in the same rounds.
 
