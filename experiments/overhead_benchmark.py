@@ -2,7 +2,7 @@ r"""What probes cost: training with them and with peers against bare training, i
 
 Every configuration trains its own copy of the model on the same batches. In each round all of them take
 their turn, in an order that rotates from round to round, each attached for its turn only: a warm-up step,
-then --steps-per-round timed ones; a hundred hold each default period of the probes a whole number of times.
+then --steps-per-round timed ones; two hundred hold each default period of the probes a whole number of times.
 Reported is the median over rounds of the ratio to bare training in the same round, with a 95 % bootstrap
 interval. "bare, a second copy" shows what no difference looks like.
 
@@ -39,7 +39,7 @@ from experiments.provenance import provenance
 from experiments.token_transformer import TokenTransformerConfig
 
 DEFAULT_OUT = Path("runs/overhead")
-DEFAULT_STEPS = 100  # the longest of the periods of probes.attach, a multiple of the others
+DEFAULT_STEPS = 200  # the longest of the periods of probes.attach, a multiple of the others
 
 PRESETS: dict[str, Callable[[str, str], Callable[[], Training]]] = {
     "small": lambda device, mechanism: token_trainings(device, TokenTransformerConfig()),

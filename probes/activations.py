@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from probes.pending import Pending
-from probes.record import Series
+from probes.record import Series, series_of
 from stability.module_calls import in_backward
-from stability.norms import max_abs, tensor_norms
+from stability.norms import max_abs, tensor_norm
 
 
 class _Watched(NamedTuple):
@@ -68,7 +68,7 @@ class Activations:
         tensor = next(floating_tensors(inputs), None)
         if tensor is None or not tensor.requires_grad or self._is_recomputed(layer):
             return
-        self._watch(tensor).append(Series(layer, "_input_grad_norm", call=self._calls[layer]))
+        self._watch(tensor).append(series_of(layer, "_input_grad_norm", self._calls[layer]))
         self._has_input.add(layer)
 
     def see_output(self, layer: str, output: object) -> None:
@@ -85,11 +85,11 @@ class Activations:
 
     def measure_output(self, layer: str, call: int, values: Tensor) -> None:
         """Adds the size of an output that is not attached to the graph."""
-        (norm,) = tensor_norms([values])
+        norm = tensor_norm(values)
         root_size = math.sqrt(values.numel())
-        self._pending.add(Series(layer, "activation_rms", call=call), norm, factor=1 / root_size)
+        self._pending.add(series_of(layer, "activation_rms", call), norm, factor=1 / root_size)
         if self.is_detailed:
-            self._pending.add(Series(layer, "activation_max_abs", call=call), max_abs(values))
+            self._pending.add(series_of(layer, "activation_max_abs", call), max_abs(values))
 
     def output_gradient_series(self, layer: str, call: int, *, has_input: bool) -> list[Series]:
         """What the norm of the gradient at an output is recorded as.
@@ -99,18 +99,18 @@ class Activations:
             call: Which of its calls.
             has_input: Whether the gradient at the input of this call is measured too.
         """
-        series = [Series(layer, "activation_grad_norm", call=call)]
+        series = [series_of(layer, "activation_grad_norm", call)]
         if has_input:
             # Both sides of the ratio come from the same calls: others may have an input without gradient.
-            at_input = Series(layer, "_input_grad_norm", call=call)
-            at_output = Series(layer, "_output_grad_norm", call=call)
+            at_input = series_of(layer, "_input_grad_norm", call)
+            at_output = series_of(layer, "_output_grad_norm", call)
             series.append(at_output)
-            self._pending.add_ratio(Series(layer, "gradient_gain", call=call), at_input, at_output)
+            self._pending.add_ratio(series_of(layer, "gradient_gain", call), at_input, at_output)
         return series
 
     def measure_gradient(self, gradient: Tensor, series: Iterable[Series]) -> None:
         """Adds the norm of a gradient under every name it has."""
-        (norm,) = tensor_norms([gradient])
+        norm = tensor_norm(gradient)
         for name in series:
             self._pending.add(name, norm)
 

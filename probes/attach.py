@@ -33,7 +33,7 @@ def attach(
     layers: str | Sequence[str] = "*",
     every: int = 1,
     activations_every: int = 10,
-    details_every: int = 100,
+    details_every: int = 200,
     attention_every: int | None = None,
     attention_rows: int | None = 64,
     on_divergence: OnDivergence = "warn",

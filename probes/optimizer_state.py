@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from probes.pending import Pending
-from probes.record import Series
+from probes.record import series_of
 from stability.norms import tensor_norms
 
 
@@ -47,18 +47,20 @@ class OptimizerState:
 
     @torch.no_grad()
     def after(self, pending: Pending, optimizer: Optimizer) -> None:
-        """Adds ``update_ratio``, to the ``weight_norm`` of the same step, and, for optimizers with Adam's second moment, ``adam_update_rms``."""
+        """Adds ``update_ratio``, relative to the step's ``weight_norm``, and Adam's ``adam_update_rms``."""
         layers = [self._layer_of[parameter] for parameter, _ in self._weights_before]
         changes = [before for _, before in self._weights_before]
         if changes:
             torch._foreach_sub_(changes, [parameter.detach() for parameter, _ in self._weights_before])
         self._weights_before = []
         for layer, norm in zip(layers, tensor_norms(changes), strict=True):
-            pending.add(Series(layer, "_update_norm"), norm)
+            pending.add(series_of(layer, "_update_norm"), norm)
         del changes  # before the next temporaries of the weights' size
         for layer in dict.fromkeys(layers):
             pending.add_ratio(
-                Series(layer, "update_ratio"), Series(layer, "_update_norm"), Series(layer, "weight_norm")
+                series_of(layer, "update_ratio"),
+                series_of(layer, "_update_norm"),
+                series_of(layer, "weight_norm"),
             )
         self._add_adam_update_rms(pending, optimizer)
 
@@ -90,14 +92,14 @@ class OptimizerState:
         ratios = torch._foreach_div(gradients, moments)
         size_of: dict[str, int] = {}
         for layer, size, norm in zip(layers, sizes, tensor_norms(ratios), strict=True):
-            pending.add(Series(layer, "_adam_update_norm"), norm)
+            pending.add(series_of(layer, "_adam_update_norm"), norm)
             size_of[layer] = size_of.get(layer, 0) + size
         for layer, size in size_of.items():
-            pending.add_number(Series(layer, "_root_size"), math.sqrt(size))
+            pending.add_number(series_of(layer, "_root_size"), math.sqrt(size))
             pending.add_ratio(
-                Series(layer, "adam_update_rms"),
-                Series(layer, "_adam_update_norm"),
-                Series(layer, "_root_size"),
+                series_of(layer, "adam_update_rms"),
+                series_of(layer, "_adam_update_norm"),
+                series_of(layer, "_root_size"),
             )
 
     def _watched(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, dict]]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from probes.pending import Pending
-from probes.record import Series
-from stability.norms import max_abs, tensor_norms
+from probes.record import Series, series_of
+from stability.norms import count_nonfinite, largest_entries, tensor_norms
 
 
 @torch.no_grad()
@@ -43,19 +42,17 @@ def measure_gradients(
             layers.append(layer_of[parameter])
             gradients.append(_dense_values(parameter.grad))
     norms = tensor_norms(gradients)
-    names = [_series(layer, "grad_norm" if layer in selected else "_other_grad_norm") for layer in layers]
-    _add_norms(pending, names, norms, grad_scale)
+    names = [series_of(layer, "grad_norm" if layer in selected else "_other_grad_norm") for layer in layers]
+    _add_values(pending, names, norms, grad_scale)
     if not is_detailed:
         return
-    for layer, gradient, norm in zip(layers, gradients, norms, strict=True):
-        if layer not in selected:
-            continue
-        largest = max_abs(gradient)
-        pending.add(
-            Series(layer, "grad_max_abs"),
-            largest if grad_scale is None else largest / grad_scale.to(largest.device, non_blocking=True),
-        )
-        pending.add(Series(layer, "nonfinite_count"), _nonfinite_count(gradient, norm))
+    detailed = [index for index, layer in enumerate(layers) if layer in selected]
+    layers = [layers[index] for index in detailed]
+    gradients = [gradients[index] for index in detailed]
+    largest = largest_entries(gradients)
+    _add_values(pending, [series_of(layer, "grad_max_abs") for layer in layers], largest, grad_scale)
+    counts = count_nonfinite(gradients, [norms[index] for index in detailed])
+    _add_values(pending, [series_of(layer, "nonfinite_count") for layer in layers], counts)
 
 
 @torch.no_grad()
@@ -81,36 +78,25 @@ def measure_weights(
         for parameter in parameters
         if layer_of.get(parameter) in selected and (has_closure or parameter.grad is not None)
     ]
-    names = [_series(layer_of[parameter], "weight_norm") for parameter in weights]
-    _add_norms(pending, names, tensor_norms(weights))
+    names = [series_of(layer_of[parameter], "weight_norm") for parameter in weights]
+    _add_values(pending, names, tensor_norms(weights))
 
 
-def _add_norms(
-    pending: Pending, names: Sequence[Series], norms: Sequence[Tensor], scale: Tensor | None = None
+def _add_values(
+    pending: Pending, names: Sequence[Series], values: Sequence[Tensor], scale: Tensor | None = None
 ) -> None:
-    """Adds one norm a name, device by device, divided by a scale."""
-    by_device: dict[torch.device, list[int]] = {}
-    for index, norm in enumerate(norms):
-        by_device.setdefault(norm.device, []).append(index)
-    for device, indices in by_device.items():
-        together = torch.stack([norms[index] for index in indices])
+    """Adds one 0-d value a name, together for each device and dtype, divided by a scale."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, value in enumerate(values):
+        alike.setdefault((value.device, value.dtype), []).append(index)
+    for (device, dtype), indices in alike.items():
+        together = torch.stack([values[index] for index in indices])
         if scale is not None:
+            together = together.to(torch.promote_types(dtype, torch.float32))
             together /= scale.to(device, non_blocking=True)
         pending.add_each([names[index] for index in indices], together)
-
-
-@lru_cache(maxsize=2**14)
-def _series(layer: str, quantity: str) -> Series:
-    return Series(layer, quantity)
 
 
 def _dense_values(gradient: Tensor) -> Tensor:
     """The entries of a gradient; those that a sparse one does not store are zero and change no norm."""
     return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _nonfinite_count(gradient: Tensor, norm: Tensor) -> Tensor:
-    # On a CPU reading the norm is free and spares the pass; a finite norm has only finite parts.
-    if norm.device.type == "cpu" and torch.isfinite(norm):
-        return torch.zeros((), dtype=torch.float64)
-    return torch.count_nonzero(gradient - gradient)  # NaN where it is not finite; three launches

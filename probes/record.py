@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from stability.attention.summary import Kind
 from stability.divergence import ALL_LAYERS
 
-__all__ = ["ALL_LAYERS", "Kind", "Record", "Series", "StepRecords"]
+__all__ = ["ALL_LAYERS", "Kind", "Record", "Series", "StepRecords", "series_of"]
 
 
 class Series(NamedTuple):
@@ -38,6 +39,12 @@ class Series(NamedTuple):
         call = f"/call_{self.call}" if self.call else ""
         head = "" if self.head is None else f"/head_{self.head}"
         return f"{self.quantity}/{self.layer}{call}{head}"
+
+
+@lru_cache(maxsize=2**16)
+def series_of(layer: str, quantity: str, call: int = 0) -> Series:
+    """The exact series of a layer; the same object each time, since a step names thousands."""
+    return Series(layer, quantity, call=call)
 
 
 class Record(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stability.norms import tensor_norms
+from stability.norms import tensor_norm
 
 
 class LayerJacobianNorms(NamedTuple):
@@ -173,7 +173,7 @@ def _jvp(function: Callable[[Tensor], Tensor], input: Tensor, tangent: Tensor) -
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    return tensor_norms([tensor])[0]
+    return tensor_norm(tensor)
 
 
 def _normalized(tensor: Tensor) -> tuple[Tensor, Tensor]:

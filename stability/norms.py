@@ -62,6 +62,67 @@ def tensor_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     return norms
 
 
+def tensor_norm(tensor: Tensor) -> Tensor:
+    """Euclidean norm of one tensor, as :func:`tensor_norms`; a quarter of the overhead.
+
+    Example:
+        >>> tensor_norm(torch.tensor([3.0, 4.0])).item()
+        5.0
+    """
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu":
+        return _norm_on_cpu(tensor)
+    if tensor.device.type == "cuda":
+        return torch._foreach_norm([tensor], 2, dtype=torch.float64)[0]
+    return _rescaled_norm(tensor)
+
+
+def largest_entries(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`max_abs` of every tensor, on CUDA by few launches.
+
+    Example:
+        >>> largest_entries([torch.tensor([1.0, -3.0]), torch.empty(0)])
+        [tensor(3.), tensor(0.)]
+    """
+    largest = [torch.empty(0)] * len(tensors)
+    fused = [i for i, tensor in enumerate(tensors) if tensor.device.type == "cuda" and tensor.numel()]
+    if fused:
+        found = torch._foreach_norm([tensors[i].detach() for i in fused], math.inf)
+        for i, value in zip(fused, found, strict=True):
+            largest[i] = value
+    for i in set(range(len(tensors))).difference(fused):
+        largest[i] = max_abs(tensors[i])
+    return largest
+
+
+def count_nonfinite(tensors: Sequence[Tensor], norms: Sequence[Tensor]) -> list[Tensor]:
+    """NaN and infinite entries of every tensor. On CUDA it takes temporaries of the tensors' size.
+
+    Args:
+        tensors: Floating-point tensors.
+        norms: Their :func:`tensor_norms`. A finite norm has finite parts only, and where reading it waits for
+            nothing (CPU) it spares the count.
+
+    Returns:
+        0-d float64 or float32 tensors on the tensors' devices; rounded beyond 2²⁴ entries on CUDA.
+
+    Example:
+        >>> tensors = [torch.tensor([1.0, math.nan]), torch.ones(3)]
+        >>> [int(count) for count in count_nonfinite(tensors, tensor_norms(tensors))]
+        [1, 0]
+    """
+    counts = [torch.zeros((), dtype=torch.float64)] * len(tensors)
+    counted = [
+        i for i, norm in enumerate(norms) if norm.device.type != "cpu" or not math.isfinite(norm.item())
+    ]
+    if counted:
+        chosen = [tensors[i].detach() for i in counted]
+        # x − x is NaN where x is not finite and 0 elsewhere.
+        for i, difference in zip(counted, torch._foreach_sub(chosen, chosen), strict=True):
+            counts[i] = torch.linalg.vector_norm(difference, 0, dtype=torch.float32)
+    return counts
+
+
 def max_abs(tensor: Tensor) -> Tensor:
     """Largest absolute value of a tensor, as a 0-d tensor of its dtype; NaN if it holds one, 0 if empty.
 
