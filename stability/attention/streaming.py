@@ -70,11 +70,11 @@ def stream_row_statistics(
         query if mask is None else mask,
         query if score_bias is None else score_bias,
         bias, output,
-        num_rows, tokens_k, terms.scale,
+        num_rows, tokens_k, terms.scale, heads, heads // key.shape[1],
         *query.stride(), *key.stride(), *selected.rows.stride(), *selected.weights.stride(), *mask_strides,
         score_bias_strides[0], score_bias_strides[3], bias.stride(0), bias.stride(1), output.stride(0),
-        heads=heads, group=heads // key.shape[1], HEAD_DIM=head_dim,
-        IS_SIGMOID=is_sigmoid, IS_CAUSAL=terms.is_causal, HAS_KEY_LENGTHS=terms.key_lengths is not None,
+        HEAD_DIM=head_dim, IS_SIGMOID=is_sigmoid,
+        IS_CAUSAL=terms.is_causal, HAS_KEY_LENGTHS=terms.key_lengths is not None,
         MASK=0 if mask is None else 1 if mask.dtype is torch.bool else 2,
         HAS_SCORE_BIAS=score_bias is not None,
         SCALE_FIRST=_scale_comes_first(terms),
@@ -97,8 +97,8 @@ def _configuration(dtype: torch.dtype, head_dim: int, is_sigmoid: bool) -> dict[
         return {"BLOCK_ROWS": 32, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2}
     if head_dim > 128:
         return {"BLOCK_ROWS": 64, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2}
-    if is_sigmoid:
-        return {"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
+    if is_sigmoid:  # four programs share a multiprocessor
+        return {"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 128}
     return {"BLOCK_ROWS": 64, "BLOCK_KEYS": 128, "num_warps": 4, "num_stages": 3}
 
 

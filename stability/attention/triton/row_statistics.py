@@ -11,7 +11,7 @@ import triton.language as tl
 
 from stability.attention.triton.arithmetic import LOG2_E
 from stability.attention.triton.logits import EXCLUDED
-from stability.attention.triton.sigmoid_rows import LARGEST, VANISHING, sigmoid_row, sigmoid_sums
+from stability.attention.triton.sigmoid_rows import sigmoid_row, sigmoid_sums
 from stability.attention.triton.softmax_rows import softmax_row, softmax_sums
 
 # The planes of the output. Off the diagonal a sigmoid row's Jacobian is zero.
@@ -28,15 +28,14 @@ SIGMOID_QUANTITIES = (
 @triton.jit
 def row_statistics(
     query, key, rows, weights, key_lengths, mask, score_bias, bias, output,
-    num_rows, tokens_k, scale,
+    num_rows, tokens_k, scale, heads, group,
     query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key_stride_b, key_stride_h, key_stride_t, key_stride_d,
     rows_stride_b, rows_stride_r, weights_stride_b, weights_stride_r,
     mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
     score_bias_stride_b, score_bias_stride_k,
     bias_stride_b, bias_stride_h, output_stride,
-    heads: tl.constexpr, group: tl.constexpr, HEAD_DIM: tl.constexpr,
-    IS_SIGMOID: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_KEY_LENGTHS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, IS_SIGMOID: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_KEY_LENGTHS: tl.constexpr,
     MASK: tl.constexpr, HAS_SCORE_BIAS: tl.constexpr, SCALE_FIRST: tl.constexpr, SATURATED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -89,34 +88,32 @@ def row_statistics(
         score_bias + batch.to(tl.int64) * score_bias_stride_b,
         position, end, scale, key_stride_t, mask_stride_k, score_bias_stride_k,
     )  # fmt: skip
+    b = 0.0
     if IS_SIGMOID:
-        b = tl.zeros([BLOCK_ROWS], tl.float32) + tl.load(bias + batch * bias_stride_b + head * bias_stride_h)
-        b *= LOG2_E
-        highest = (LARGEST - b) / c
-        winners, w, y, g, d_sum, d_squares, d_max, saturated, small_max, num_keys = sigmoid_sums(
-            source, free, end, c, b, highest, SATURATED,
+        b = tl.load(bias + batch * bias_stride_b + head * bias_stride_h) * LOG2_E
+        m, small_max, w, log_sum, d_sum, d_squares, d_max, saturated, num_keys = sigmoid_sums(
+            source, free, end, c, b, SATURATED,
             HEAD_DIM, IS_CAUSAL, MASK, HAS_SCORE_BIAS, SCALE_FIRST, BLOCK_ROWS, BLOCK_KEYS,
         )  # fmt: skip
-        m, entropy, frobenius, trace, d_max, row_sum, saturated = sigmoid_row(
-            winners, c, b, highest, w, y, g, d_sum, d_squares, d_max, saturated, small_max, num_keys,
-            SATURATED, BLOCK_ROWS, BLOCK_KEYS,
-        )  # fmt: skip
+        m, entropy, frobenius, trace, d_max, row_sum, saturated, is_inaccurate = sigmoid_row(
+            c, b, m, small_max, w, log_sum, d_sum, d_squares, d_max, saturated, num_keys
+        )
         has_key = ((m > EXCLUDED) | (m != m)) & (weight > 0)
-        vanishes = has_key & (m * c + b < VANISHING)
+        is_inaccurate &= has_key
         # A second pass over the keys where a row needs it, over none where no row does.
         free = 0
-        end = tl.where(tl.max(vanishes.to(tl.int32), 0) > 0, end, 0)
+        end = tl.where(tl.max(is_inaccurate.to(tl.int32), 0) > 0, end, 0)
     winners, unit, t1, t2, t3, t4, e = softmax_sums(
-        source, free, end, c,
+        source, free, end, c, b, IS_SIGMOID,
         HEAD_DIM, IS_CAUSAL, MASK, HAS_SCORE_BIAS, SCALE_FIRST, BLOCK_ROWS, BLOCK_KEYS,
     )  # fmt: skip
     soft_m, log_denominator, soft_entropy, soft_frobenius, off_diagonal, soft_trace, soft_d_max = softmax_row(
-        winners, c, unit, t1, t2, t3, t4, e, BLOCK_ROWS, BLOCK_KEYS
+        winners, 1.0 if IS_SIGMOID else c, unit, t1, t2, t3, t4, e, BLOCK_ROWS, BLOCK_KEYS // 2
     )
 
     output += tl.program_id(1).to(tl.int64) * num_rows + row
     if IS_SIGMOID:
-        entropy = tl.where(vanishes, soft_entropy, entropy)
+        entropy = tl.where(is_inaccurate, soft_entropy, entropy)
         tl.store(output, tl.where(has_key, m * z_unit, negative_infinity), mask=in_range)
         tl.store(output + output_stride, tl.where(has_key, entropy, 0.0), mask=in_range)
         tl.store(output + 2 * output_stride, tl.where(has_key, frobenius, 0.0), mask=in_range)

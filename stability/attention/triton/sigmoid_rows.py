@@ -1,22 +1,17 @@
 """Sigmoid rows in one pass over the keys: what is summed for each key, and what follows from the sums.
 
-Keys meet the winners of their slots as in `softmax_rows`, and for the same reason: with s₁ the largest
-weight, W = Σ s and L = Σ s (log₂ s₁ − log₂ s) over the others, the entropy of s/Σs in nats is
+With the weights s = σ(x ln 2) at x = z c + b, W = Σ s and L = Σ s log₂ s, the entropy of s/Σs in nats is
 
-    log1p(W/s₁) + ln 2 · L / (s₁ + W),    log₂ s = x − log₂(1 + 2^x),   x = z c + b,
+    ln W − ln 2 · L / W,    log₂ s = x − log₂(1 + 2^x).
 
-sums of positive terms, accurate also where one weight holds nearly everything. The bias b drops out of L.
+Where one weight holds nearly everything, the difference cancels, and weights below 2⁻⁸⁰ lose digits and then
+underflow. Rows of either kind get their entropy from a second pass, `softmax_sums`.
 
 Three special-function results a key (2^x, a reciprocal, log₂) are what the hardware has least of. Where no
-loser of a tile has a weight above 0.043, which at the usual bias −ln(keys) is nearly everywhere, two suffice:
-with qₖ = Σ sᵏ,
+weight of a tile is above 0.03, which at the usual bias −ln(keys) is nearly everywhere, 2^x suffices: s is a
+cubic in 2^x, and Σ s ln(1 + e^x) = −Σ s ln(1 − s) follows from the sums of s, d = s(1 − s) and d²,
 
-    Σ d = q₁ − q₂,   Σ d² = q₂ − 2q₃ + q₄,   Σ s ln(1 + e^x) = −Σ s ln(1 − s) = q₂ + q₃/2 + q₄/3 + …
-
-where the next term, s⁵/4, is below 1e-6 of s, and nothing cancels or saturates.
-
-Weights below 2⁻⁸⁰ lose digits and then underflow. A row whose largest weight is that small has its entropy
-from `softmax_rows`: there ln σ(x) = x to every digit.
+    −s ln(1 − s) ≈ 1.263 s² − 0.263 s²(1 − s)² = 1.263 (s − d) − 0.263 d².
 """
 
 from __future__ import annotations
@@ -24,11 +19,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stability.attention.triton.arithmetic import LN_2, LOG2_E, exp2, larger, log1p, log2, reciprocal, smaller
+from stability.attention.triton.arithmetic import LN_2, exp2, log2, reciprocal, smaller
 from stability.attention.triton.logits import EXCLUDED, largest_key, logits, sum_keys
-from stability.attention.triton.softmax_rows import split_winners
 
-SMALL = tl.constexpr(-4.5)  # log₂ of odds that belong to the weight 0.042
+SMALL = tl.constexpr(-5.0)  # log₂ of odds that belong to the weight 0.0303
+# The relative error of u (1 + u (SQUARE + u CUBE)) for u/(1 + u) is at most 1.2e-6 up to u = 2⁻⁵.
+SQUARE = tl.constexpr(-0.99959703)
+CUBE = tl.constexpr(0.95791844)
+# Of −log₂(1 − s), as in the formula above: off by less than 1e-6 of s.
+SOFTPLUS_S2 = tl.constexpr(1.8214500)
+SOFTPLUS_D2 = tl.constexpr(-0.3791029)
+
+# Entropies below this and weights below 2⁻⁸⁰ are left to the second pass.
+DOMINATED = tl.constexpr(0.5)
 VANISHING = tl.constexpr(-80.0)
 # At 2⁶⁴ a weight is 1 and its derivative below the smallest that is reported, 1e-15; and 2^x is finite.
 LARGEST = tl.constexpr(64.0)
@@ -36,131 +39,101 @@ LARGEST = tl.constexpr(64.0)
 
 @triton.jit
 def _weight(x):
-    """Weight s, derivative s(1 − s) and log₂(1 + 2^x) at x ≤ 64, each accurate in relative terms."""
+    """Weight s, derivative s(1 − s) and log₂ s at x ≤ 64, the first two accurate in relative terms."""
     odds = exp2(x)
     complement = reciprocal(1.0 + odds)
     s = odds * complement
-    return s, s * complement, log2(1.0 + odds)
+    return s, s * complement, x - log2(1.0 + odds)
 
 
 @triton.jit
-def _add(
-    z, c, b, highest, winners, w, y, g, d_sum, d_squares, d_max, saturated, small_max, SATURATED: tl.constexpr
-):
-    """Takes a tile of logits z into the winners and the sums.
+def _add(z, c, b, m, small_max, w, log_sum, d_sum, d_squares, d_max, saturated, SATURATED: tl.constexpr):
+    """Takes a tile of logits z into the sums.
 
     Args:
         z: [rows, keys / 8, 4, 2].
         c: Factor that takes z to units of ln 2.
-        b: [rows], bias in units of ln 2.
-        highest: [rows], the z at which z c + b = 64.
-        winners: As z.
+        b: Bias in units of ln 2.
+        m: [rows, 4], largest z.
+        small_max: [rows, 4], largest z in the tiles without large weights.
         w: [rows, 4], Σ s.
-        y: [rows, 4], Σ s z.
-        g: [rows, 4], Σ s log₂(1 + 2^x).
+        log_sum: [rows, 4], Σ s log₂ s.
         d_sum: [rows, 4], Σ s(1 − s).
         d_squares: [rows, 4], its squares.
         d_max: [rows, 4], its maximum over the tiles with large weights.
         saturated: [rows, 4], number of keys with s above SATURATED.
-        small_max: [rows, 4], largest z in the tiles without large weights.
         SATURATED: A weight.
     """
-    loser = smaller(winners, z)
-    winners = larger(winners, z)
-    largest = largest_key(loser)
-    if tl.max(largest * c + b[:, None]) < SMALL:
-        odds = exp2(loser * c + b[:, None, None, None])
-        s = odds * reciprocal(1.0 + odds)
-        s2 = s * s
-        q1 = sum_keys(s)
-        q2 = sum_keys(s2)
-        q3 = sum_keys(s2 * s)
-        q4 = sum_keys(s2 * s2)
-        w += q1
-        y += sum_keys(s * loser)
-        g += LOG2_E * (q2 + q3 * (1 / 2) + q4 * (1 / 3))
-        d_sum += q1 - q2
-        d_squares += q2 - 2.0 * q3 + q4
+    largest = largest_key(z)
+    m = tl.maximum(m, largest)
+    x = z * c + b
+    if tl.max(largest) * c + b < SMALL:
+        odds = exp2(x)
+        s = odds + odds * odds * (SQUARE + CUBE * odds)
+        d = s - s * s
+        tile_w = sum_keys(s)
+        tile_d = sum_keys(d)
+        tile_d_squares = sum_keys(d * d)
+        log_sum += sum_keys(s * x) - (SOFTPLUS_S2 * (tile_w - tile_d) + SOFTPLUS_D2 * tile_d_squares)
+        w += tile_w
+        d_sum += tile_d
+        d_squares += tile_d_squares
         small_max = tl.maximum(small_max, largest)
     else:
-        loser = smaller(loser, highest[:, None, None, None])
-        s, d, softplus = _weight(loser * c + b[:, None, None, None])
+        s, d, log_s = _weight(smaller(x, LARGEST))
         w += sum_keys(s)
-        y += sum_keys(s * loser)
-        g += sum_keys(s * softplus)
+        log_sum += sum_keys(s * log_s)
         d_sum += sum_keys(d)
         d_squares += sum_keys(d * d)
         d_max = tl.maximum(d_max, largest_key(d))
         saturated += sum_keys(tl.where(s > SATURATED, 1.0, 0.0))
-    return winners, w, y, g, d_sum, d_squares, d_max, saturated, small_max
+    return m, small_max, w, log_sum, d_sum, d_squares, d_max, saturated
 
 
 @triton.jit
 def sigmoid_sums(
-    source, free, end, c, b, highest, SATURATED: tl.constexpr,
+    source, free, end, c, b, SATURATED: tl.constexpr,
     HEAD_DIM: tl.constexpr, IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_SCORE_BIAS: tl.constexpr,
     SCALE_FIRST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Winners, sums and number of keys, up to `end`; up to `free` none is excluded."""
+    """Sums and number of keys, up to `end`; up to `free` none is excluded."""
     zeros = tl.zeros([BLOCK_ROWS, 4], tl.float32)
-    winners = tl.full([BLOCK_ROWS, BLOCK_KEYS // 8, 4, 2], EXCLUDED, tl.float32)
-    w, y, g, d_sum, d_squares, d_max, saturated = zeros, zeros, zeros, zeros, zeros, zeros, zeros
-    small_max = zeros + EXCLUDED
-    num_keys = zeros
-    for start in range(0, free, BLOCK_KEYS):
-        z = logits(
-            source, start, False, HEAD_DIM, IS_CAUSAL, MASK, HAS_SCORE_BIAS, SCALE_FIRST,
-            BLOCK_ROWS, BLOCK_KEYS,
-        )  # fmt: skip
-        winners, w, y, g, d_sum, d_squares, d_max, saturated, small_max = _add(
-            z, c, b, highest, winners, w, y, g, d_sum, d_squares, d_max, saturated, small_max, SATURATED
-        )
-    for start in range(free, end, BLOCK_KEYS):
-        z = logits(
-            source, start, True, HEAD_DIM, IS_CAUSAL, MASK, HAS_SCORE_BIAS, SCALE_FIRST,
-            BLOCK_ROWS, BLOCK_KEYS,
-        )  # fmt: skip
-        num_keys += sum_keys(tl.where(z == EXCLUDED, 0.0, 1.0))
-        winners, w, y, g, d_sum, d_squares, d_max, saturated, small_max = _add(
-            z, c, b, highest, winners, w, y, g, d_sum, d_squares, d_max, saturated, small_max, SATURATED
-        )
+    m, small_max = zeros + EXCLUDED, zeros + EXCLUDED
+    w, log_sum, d_sum, d_squares, d_max, saturated, num_keys = zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    for EXCLUDE in tl.static_range(2):
+        for start in range(free if EXCLUDE else 0, end if EXCLUDE else free, BLOCK_KEYS):
+            z = logits(
+                source, start, EXCLUDE, HEAD_DIM, IS_CAUSAL, MASK, HAS_SCORE_BIAS, SCALE_FIRST,
+                BLOCK_ROWS, BLOCK_KEYS,
+            )  # fmt: skip
+            if EXCLUDE:
+                num_keys += sum_keys(tl.where(z == EXCLUDED, 0.0, 1.0))
+            m, small_max, w, log_sum, d_sum, d_squares, d_max, saturated = _add(
+                z, c, b, m, small_max, w, log_sum, d_sum, d_squares, d_max, saturated, SATURATED
+            )
     num_keys = tl.sum(num_keys, 1) + free
-    return winners, w, y, g, d_sum, d_squares, d_max, saturated, small_max, num_keys
+    return m, small_max, w, log_sum, d_sum, d_squares, d_max, saturated, num_keys
 
 
 @triton.jit
-def sigmoid_row(
-    winners, c, b, highest, w, y, g, d_sum, d_squares, d_max, saturated, small_max, num_keys,
-    SATURATED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Joins the four threads' sums and the winners.
+def sigmoid_row(c, b, m, small_max, w, log_sum, d_sum, d_squares, d_max, saturated, num_keys):
+    """Joins the four threads' sums.
 
     Returns:
         Largest logit (in units of z), entropy, √Σd², Σ d, max d, Σ s and the share of saturated keys of each
-        row [rows], with d = s(1 − s).
+        row [rows], with d = s(1 − s); and whether the entropy must come from `softmax_sums` instead.
     """
-    m, rest = split_winners(winners, ROWS, KEYS)
-    rest = smaller(rest, highest[:, None])
-    s, d, softplus = _weight(rest * c + b[:, None])
-    top = tl.minimum(m, highest)
-    s1, d1, softplus1 = _weight(top * c + b)
-    w = tl.sum(w, 1) + tl.sum(s, 1)
-    y = tl.sum(y, 1) + tl.sum(s * rest, 1)
-    g = tl.sum(g, 1) + tl.sum(s * softplus, 1)
-    distance = c * (top * w - y) - (softplus1 * w - g)
-    row_sum = s1 + w
-    entropy = log1p(w / s1) + LN_2 * distance / row_sum
-
-    d_small = _weight(tl.max(small_max, 1) * c + b)[1]
-    d_max = tl.maximum(tl.maximum(tl.max(d_max, 1), tl.max(d, 1)), tl.maximum(d1, d_small))
-    saturated = tl.sum(saturated, 1) + tl.sum(tl.where(s > SATURATED, 1.0, 0.0), 1)
-    saturated += tl.where(s1 > SATURATED, 1.0, 0.0)
+    m = tl.max(m, 1)
+    w = tl.sum(w, 1)
+    entropy = tl.log(w) - LN_2 * tl.sum(log_sum, 1) / w
+    d_max = tl.maximum(tl.max(d_max, 1), _weight(tl.max(small_max, 1) * c + b)[1])
     return (
-        tl.where(w != w, w, m),  # a NaN may have lost its place among the winners, but not in the sums
-        tl.where(w == 0.0, 0.0, entropy),
-        tl.sqrt(tl.sum(d_squares, 1) + tl.sum(d * d, 1) + d1 * d1),
-        tl.sum(d_sum, 1) + tl.sum(d, 1) + d1,
+        tl.where(w != w, w, m),  # the maximum drops NaN, the sums do not
+        entropy,
+        tl.sqrt(tl.sum(d_squares, 1)),
+        tl.sum(d_sum, 1),
         tl.where(w != w, w, d_max),
-        row_sum,
-        saturated / tl.maximum(num_keys, 1.0),
+        w,
+        tl.sum(saturated, 1) / tl.maximum(num_keys, 1.0),
+        (entropy < DOMINATED) | (m * c + b < VANISHING),
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+from stability.attention.streaming import _configuration
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 CONSTANTS = {
-    "heads": 16,
-    "group": 1,
     "HEAD_DIM": 64,
     "IS_CAUSAL": True,
     "HAS_KEY_LENGTHS": True,
@@ -17,8 +18,6 @@ CONSTANTS = {
     "SCALE_FIRST": False,
     "SATURATED": 0.99,
     "BLOCK_D": 64,
-    "BLOCK_ROWS": 64,
-    "BLOCK_KEYS": 64,
 }
 POINTERS = {
     "query": "*bf16",
@@ -41,15 +40,17 @@ def test_it_compiles_for_sm_90_without_local_arrays(is_sigmoid: bool) -> None:
 
     from stability.attention.triton.row_statistics import row_statistics
 
-    constants = {**CONSTANTS, "IS_SIGMOID": is_sigmoid}
     names = row_statistics.arg_names
+    configuration = _configuration(torch.bfloat16, 64, is_sigmoid)
+    blocks = {name: configuration.pop(name) for name in ("BLOCK_ROWS", "BLOCK_KEYS")}
+    constants = {**CONSTANTS, **blocks, "IS_SIGMOID": is_sigmoid}
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
     source = ASTSource(
         row_statistics,
         signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )
-    kernel = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
+    kernel = compile(source, target=GPUTarget("cuda", 90, 32), options=configuration)
     ptx = kernel.asm["ptx"]
     assert "wgmma" in ptx
     assert ".local" not in ptx

@@ -43,11 +43,10 @@ def test_in_the_interpreter() -> None:
 CASES = {
     "plain": {},
     "causal": {"is_causal": True},
-    "padded": {"key_lengths": [5, 38], "query_lengths": [3, 34]},
-    "empty": {"key_lengths": [0, 1]},
+    "padded": {"key_lengths": [5, 38], "query_lengths": [3, 34], "enable_gqa": True},
+    "empty": {"key_lengths": [0, 1], "enable_gqa": True},
     "boolean mask": {"attn_mask": "boolean"},
     "added mask": {"attn_mask": "added"},
-    "grouped": {"enable_gqa": True},
     "sharp": {"scale": 40.0},
     "collapsed": {"scale": 4000.0},
     "flat": {"scale": 1e-6},
@@ -59,6 +58,7 @@ SIGMOID_CASES = {
     "small weights but for a few": {"bias": -7.0, "scale": 2.0},
     "small weights, causal": {"bias": -12.0, "is_causal": True},
     "dominated": {"bias": -20.0, "scale": 4.0},
+    "dominated but for a few": {"bias": -5.0, "scale": 4.0},
     "vanishing weights": {"bias": -150.0, "scale": 2.0},
     "saturated weights": {"bias": 20.0, "scale": 3.0},
 }
@@ -71,13 +71,15 @@ def make_call(mechanism: str, case: str) -> AttentionCall:
         return torch.randn(shape, generator=generator).to(DEVICE)
 
     arguments = dict({**CASES, **SIGMOID_CASES}[case])
-    query, key = random(2, 2, 34, 24), random(2, 1 if case == "grouped" else 2, 38, 24)
+    query, key = random(2, 2, 34, 24), random(2, 1 if "enable_gqa" in arguments else 2, 38, 24)
     if arguments.get("attn_mask") == "boolean":
         arguments["attn_mask"] = random(2, 1, 34, 38) > 0.5
     elif arguments.get("attn_mask") == "added":
         arguments["attn_mask"] = random(2, 34, 38).masked_fill_(random(2, 34, 38) > 1, -torch.inf)
     if mechanism == "sigmoid" and case in CASES:
-        arguments |= {"bias": random(2), "score_bias": random(2, 38)}
+        arguments["bias"] = random(2)
+        if "attn_mask" in arguments or "key_lengths" in arguments:
+            arguments["score_bias"] = random(2, 38)
     return AttentionCall(mechanism, query.transpose(1, 2).contiguous().transpose(1, 2), key, **arguments)
 
 
