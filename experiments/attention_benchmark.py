@@ -10,8 +10,8 @@ matrix product and a copy, are measured in the same rounds.
     PYTHONPATH=. python -m experiments.attention_benchmark --preset quick     # two cases
     python -m experiments.attention_benchmark --device cpu --preset tiny      # that it runs
 
-Writes `attention.json` and `attention.png` below --out. Ctrl-C reports the cases that were completed (exit
-status 130).
+Writes `attention.json` after each case and `attention.png` below --out. Ctrl-C reports the cases that were
+completed (exit status 130).
 """
 
 from __future__ import annotations
@@ -212,11 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse_arguments(arguments)
     console = report_console()
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"attention_benchmark: {error}", file=sys.stderr)
-        return 2
+    json_path, figure_path = options.out / "attention.json", options.out / "attention.png"
     started = time.time()
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     measurements: list[Measurement] = []
@@ -225,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explanations: dict[str, str] = {}
     cases = PRESETS[options.preset]
     try:
+        options.out.mkdir(parents=True, exist_ok=True)
         for case in cases:
             console.print(f"{case} …")
             found, ceilings[str(case)], failed[str(case)] = measure_case(
@@ -239,6 +236,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
             )  # fmt: skip
             measurements += found
+            # After each case: a machine that is taken away leaves what was measured.
+            write_json(
+                json_path,
+                {
+                    "schema_version": 1,
+                    **run_facts("attention_benchmark", arguments, started),
+                    "rounds": options.rounds,
+                    "measurements": [asdict(measurement) for measurement in measurements],
+                    "ceilings": ceilings,
+                    "failed": failed,
+                    "explanations": explanations,
+                    **provenance(options.device),
+                },
+            )
+    except OSError as error:
+        print(f"attention_benchmark: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         pass
     num_cases = len(explanations)
@@ -253,20 +267,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = sorted({name for names in failed.values() for name in names})
     if missing:
         note += f" Failed somewhere: {', '.join(missing)}."
-    json_path, figure_path = options.out / "attention.json", options.out / "attention.png"
-    write_json(
-        json_path,
-        {
-            "schema_version": 1,
-            **run_facts("attention_benchmark", arguments, started),
-            "rounds": options.rounds,
-            "measurements": [asdict(measurement) for measurement in measurements],
-            "ceilings": ceilings,
-            "failed": failed,
-            "explanations": explanations,
-            **provenance(options.device),
-        },
-    )
     draw_figure(figure_path, measurements, {"matrix product": product}, title)
     console.print(attention_table(measurements, title, note))
     console.print(f"Written: {json_path}, {figure_path}")
