@@ -5,10 +5,10 @@
 
 from probes.alerts import DivergenceError, DivergenceWarning
 from probes.attach import attach
-from probes.delivery import ProbeWarning
 from probes.probe import Probe
-from probes.reading import RecordedSeries, read
+from probes.reading import RecordedRun, RecordedSeries, read
 from probes.record import Record
+from probes.warning import ProbeWarning
 
 __all__ = [
     "DivergenceError",
@@ -16,7 +16,9 @@ __all__ = [
     "Probe",
     "ProbeWarning",
     "Record",
+    "RecordedRun",
     "RecordedSeries",
     "attach",
+    "load_rng_states",
     "read",
 ]

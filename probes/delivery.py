@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from probes.alerts import AlertAction
+from probes.incident import IncidentWriter
 from probes.pending import Pending, Transfer
-from probes.record import StepRecords
+from probes.record import Series, StepRecords
 from probes.sinks.memory import MemorySink
 from probes.sinks.sink import Sink
+from probes.warning import ProbeWarning
 from stability.divergence import Alert, Detector
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class ProbeWarning(UserWarning):
-    """Something could not be measured or written; the training goes on without it."""
+class _InFlight(NamedTuple):
+    """A step's numbers on their way; of those that were judged before the update, only the others are new."""
+
+    transfer: Transfer
+    delivered: frozenset[Series] | None
 
 
 class Delivery:
@@ -32,6 +38,7 @@ class Delivery:
         action: What follows a verdict.
         layers: Names of the model's layers, in its order; that of the forward pass takes its place once it is
             known.
+        incidents: Writes incident folders, if there is a place for them.
     """
 
     def __init__(
@@ -40,6 +47,7 @@ class Delivery:
         detectors: Sequence[Detector],
         action: AlertAction,
         layers: Iterable[str] = (),
+        incidents: IncidentWriter | None = None,
     ) -> None:
         self._forward_order = list(layers)
         self._num_ordered = 0
@@ -47,7 +55,12 @@ class Delivery:
         self._sinks: list[Sink] = [self.memory, *sinks]
         self._detectors = list(detectors)
         self._action = action
-        self._in_flight: Transfer | None = None
+        self._in_flight: _InFlight | None = None
+        self.incidents = incidents
+        self._judged: tuple[int, frozenset[Series]] | None = (
+            None  # size and series of what was judged already
+        )
+        self._unjudged: dict[str, dict[str, float]] = {}
 
     def send(self, step: int, pending: Pending) -> None:
         """Starts the copy of a step's numbers; delivers those of the step before.
@@ -55,33 +68,64 @@ class Delivery:
         Raises:
             DivergenceError: If the step before shows divergence and that is to be raised.
         """
+        judged, self._judged = self._judged, None
         arrived, self._in_flight = self._in_flight, None
-        if pending:
-            try:
-                self._in_flight = Transfer(step, pending)
-            except Exception as error:
-                warnings.warn(
-                    f"the numbers of step {step} could not be copied; training goes on without: {error!r}",
-                    ProbeWarning,
-                    stacklevel=2,
-                )
-        self._act(self._deliver(arrived))
+        if pending and (judged is None or judged[0] < pending.size):
+            self._in_flight = self._start(step, pending, None if judged is None else judged[1])
+        alerts = self._deliver(arrived)
+        self._act(alerts, self._report(alerts))
 
-    def close(self, *, silently: bool) -> None:
-        """Delivers what is in flight and closes the sinks.
+    def judge(self, step: int, pending: Pending) -> Alert | None:
+        """Delivers what the step under way has measured so far, waiting for it.
+
+        What is measured later in the step goes to the sinks when it ends, and to the detectors with the
+        numbers of the next.
+
+        Returns:
+            The divergence because of which the update is to be left out, if there is one and that was asked
+            for.
+
+        Raises:
+            DivergenceError: If the step shows divergence and that is to be raised.
+        """
+        self.flush()
+        records = self._arrive(self._start(step, pending, None))
+        if records is None:
+            return None
+        states: list[tuple[Detector, dict[str, Any] | None]] = []
+        if self._action.leaves_out_updates:
+            states = [(d, self._try(self._detectors, d, d.state_dict)) for d in list(self._detectors)]
+        self._judged = (pending.size, frozenset(records.series))
+        alerts = self._hand_out(records)
+        divergence = next((alert for alert in alerts if alert.severity == "divergence"), None)
+        if states and divergence is not None:
+            for detector, state in states:
+                if detector in self._detectors:
+                    self._try(self._detectors, detector, detector.load_state_dict, state)
+            self._unjudged = {}
+        self._act(alerts, self._report(alerts))
+        return divergence if states else None
+
+    def close(self, *, silently: bool, step: int = 0, error: BaseException | None = None) -> None:
+        """Delivers what is in flight, writes the report if there is something to tell, and closes the sinks.
 
         Args:
             silently: Whether alerts of the last step are only written, not acted on.
+            step: The step under way.
+            error: The exception that ends the training, if one does.
 
         Raises:
             DivergenceError: As in ``send``.
         """
         arrived, self._in_flight = self._in_flight, None
         alerts = self._deliver(arrived)
+        report = self._report(alerts)
+        if self.incidents is not None:
+            self.incidents.see_end(step, error, self._forward_order)
         for sink in list(self._sinks):
             self._try(self._sinks, sink, sink.close)
         if not silently:
-            self._act(alerts)
+            self._act(alerts, report)
 
     def flush(self) -> None:
         """Waits for the numbers in flight and delivers them.
@@ -90,7 +134,8 @@ class Delivery:
             DivergenceError: As in ``send``.
         """
         arrived, self._in_flight = self._in_flight, None
-        self._act(self._deliver(arrived))
+        alerts = self._deliver(arrived)
+        self._act(alerts, self._report(alerts))
 
     def state_dict(self) -> list[tuple[str, dict[str, Any]]]:
         """Name and state of every detector."""
@@ -111,13 +156,41 @@ class Delivery:
         for detector, (_, detector_state) in zip(self._detectors, state, strict=True):
             detector.load_state_dict(detector_state)
 
-    def _deliver(self, transfer: Transfer | None) -> list[Alert]:
-        if transfer is None:
+    def _start(self, step: int, pending: Pending, delivered: frozenset[Series] | None) -> _InFlight | None:
+        try:
+            return _InFlight(Transfer(step, pending), delivered)
+        except Exception as error:
+            self._warn_of_copy(step, error)
+            return None
+
+    def _arrive(self, in_flight: _InFlight | None) -> StepRecords | None:
+        if in_flight is None:
+            return None
+        try:
+            records = in_flight.transfer.wait()
+        except Exception as error:  # a CUDA fault: the context is lost, and what was recorded is not
+            self._warn_of_copy(in_flight.transfer.step, error)
+            return None
+        return records if in_flight.delivered is None else records.without(in_flight.delivered)
+
+    def _deliver(self, in_flight: _InFlight | None) -> list[Alert]:
+        records = self._arrive(in_flight)
+        if in_flight is None or records is None:
             return []
-        records = transfer.wait()
+        if in_flight.delivered is None:
+            return self._hand_out(records)
+        self._write(records)
+        self._unjudged = self._readings(records)
+        return []
+
+    def _write(self, records: StepRecords) -> None:
         for sink in list(self._sinks):
             self._try(self._sinks, sink, sink.write, records)
-        readings = self._readings(records)
+
+    def _hand_out(self, records: StepRecords) -> list[Alert]:
+        self._write(records)
+        readings = {**self._unjudged, **self._readings(records)}
+        self._unjudged = {}
         alerts: list[Alert] = []
         for detector in list(self._detectors):
             alerts += self._try(self._detectors, detector, detector.update, records.step, readings) or []
@@ -125,6 +198,13 @@ class Delivery:
             for sink in list(self._sinks):
                 self._try(self._sinks, sink, sink.write_alert, alert)
         return alerts
+
+    def _warn_of_copy(self, step: int, error: Exception) -> None:
+        warnings.warn(
+            f"the numbers of step {step} could not be copied; training goes on without: {error!r}",
+            ProbeWarning,
+            stacklevel=3,
+        )
 
     def _readings(self, records: StepRecords) -> dict[str, dict[str, float]]:
         """The step as detectors read it: whole layers only, a module's later calls under their own names."""
@@ -157,6 +237,9 @@ class Delivery:
             )
             return None
 
-    def _act(self, alerts: Iterable[Alert]) -> None:
+    def _report(self, alerts: Sequence[Alert]) -> Path | None:
+        return None if self.incidents is None else self.incidents.see_alerts(alerts, self._forward_order)
+
+    def _act(self, alerts: Iterable[Alert], report: Path | None) -> None:
         for alert in alerts:
-            self._action(alert)
+            self._action(alert, report)
