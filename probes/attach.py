@@ -59,16 +59,16 @@ def attach(
     Args:
         model: The model. With ``torch.compile``, attach first and compile then.
         optimizer: The optimizer, or several: a step ends when the last of them has stepped. Without one,
-            call ``probe.step()`` after each backward pass; weights and updates are then not recorded.
+            call ``probe.step()`` after each backward pass; updates are then not recorded.
         log_dir: Directory for TensorBoard events, the flight recorder and incident folders of this run. None
             keeps records in memory only.
         sinks: Further places for records, such as :class:`probes.sinks.JsonLinesSink`.
         layers: Shell-style pattern or patterns of module names, as in ``model.named_modules()``.
-        every: Records the gradient norm of every layer at each n-th optimizer step; 0: never.
+        every: Records gradient and weight norm of every layer at each n-th optimizer step; 0: never.
         activations_every: The same for the outputs of blocks and the gradients there. Blocks are the elements
             of the outermost ``nn.ModuleList`` or ``nn.Sequential``; of a model without, its children.
         details_every: The same for the outputs of every layer and the gradients there, largest entries,
-            counts of what is not finite, weights and updates.
+            counts of what is not finite, and updates.
         attention_every: The same for attention statistics. None: every 10th step of models that have
             attention. With a number, a model without attention is an error.
         attention_rows: Query rows sampled per sequence and head for attention statistics; None: all.

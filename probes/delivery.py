@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -230,12 +231,19 @@ class Delivery:
             return method(*arguments)
         except Exception as error:
             members.remove(member)
+            self._let_go(member)
             warnings.warn(
                 f"{type(member).__name__} failed and is dropped; training and recording go on: {error!r}",
                 ProbeWarning,
                 stacklevel=2,
             )
             return None
+
+    @staticmethod
+    def _let_go(member: object) -> None:
+        """Frees what a sink that failed still holds: a file, a mapping, a thread."""
+        with contextlib.suppress(Exception):
+            getattr(member, "close", lambda: None)()
 
     def _report(self, alerts: Sequence[Alert]) -> Path | None:
         return None if self.incidents is None else self.incidents.see_alerts(alerts, self._forward_order)

@@ -1,4 +1,4 @@
-"""Weights, their change in the step, and Adam's update size, measured around the optimizer's step."""
+"""Change of the weights in a step, and Adam's update size, measured around the optimizer's step."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ class OptimizerState:
         self._weights_before: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def before(self, pending: Pending, optimizer: Optimizer, *, has_closure: bool) -> None:
-        """Adds ``weight_norm`` and keeps the weights for ``after``.
+    def before(self, optimizer: Optimizer, *, has_closure: bool) -> None:
+        """Keeps the weights for ``after``.
 
         Args:
-            pending: Receives the scalars.
             optimizer: About to step.
             has_closure: Whether the step computes the gradients itself, so that there are none to see yet.
         """
@@ -42,15 +41,13 @@ class OptimizerState:
             for parameter, _ in self._watched(optimizer)
             if has_closure or parameter.grad is not None
         ]
-        for parameter, norm in zip(watched, tensor_norms(watched), strict=True):
-            pending.add(Series(self._layer_of[parameter], "weight_norm"), norm)
         # Fused operations here and below: a launch per parameter would cost more than the arithmetic.
         copies = torch._foreach_mul([parameter.detach() for parameter in watched], 1) if watched else ()
         self._weights_before = list(zip(watched, copies, strict=True))
 
     @torch.no_grad()
     def after(self, pending: Pending, optimizer: Optimizer) -> None:
-        """Adds ``update_ratio`` and, for optimizers with Adam's second moment, ``adam_update_rms``."""
+        """Adds ``update_ratio``, to the ``weight_norm`` of the same step, and, for optimizers with Adam's second moment, ``adam_update_rms``."""
         layers = [self._layer_of[parameter] for parameter, _ in self._weights_before]
         changes = [before for _, before in self._weights_before]
         if changes:

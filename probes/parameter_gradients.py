@@ -1,8 +1,8 @@
-"""Gradient norms per layer, taken from the gradients the optimizer is about to use."""
+"""Norms per layer of the gradients that the optimizer is about to use, and of the weights it will change."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -43,14 +43,8 @@ def measure_gradients(
             layers.append(layer_of[parameter])
             gradients.append(_dense_values(parameter.grad))
     norms = tensor_norms(gradients)
-    by_device: dict[torch.device, list[int]] = {}
-    for index, norm in enumerate(norms):
-        by_device.setdefault(norm.device, []).append(index)
-    for device, indices in by_device.items():
-        unscaled = torch.stack([norms[index] for index in indices])
-        if grad_scale is not None:
-            unscaled /= grad_scale.to(device, non_blocking=True)
-        pending.add_each([_norm_series(layers[i], layers[i] in selected) for i in indices], unscaled)
+    names = [_series(layer, "grad_norm" if layer in selected else "_other_grad_norm") for layer in layers]
+    _add_norms(pending, names, norms, grad_scale)
     if not is_detailed:
         return
     for layer, gradient, norm in zip(layers, gradients, norms, strict=True):
@@ -64,9 +58,50 @@ def measure_gradients(
         pending.add(Series(layer, "nonfinite_count"), _nonfinite_count(gradient, norm))
 
 
+@torch.no_grad()
+def measure_weights(
+    pending: Pending,
+    layer_of: dict[Tensor, str],
+    selected: set[str],
+    parameters: Iterable[Tensor],
+    *,
+    has_closure: bool,
+) -> None:
+    """Adds ``weight_norm`` of every selected layer, of the parameters that the step is about to change.
+
+    Args:
+        pending: Receives the scalars.
+        layer_of: Layer of each of the model's parameters.
+        selected: Layers that are recorded.
+        parameters: The parameters of the optimizer that is about to step.
+        has_closure: Whether the step computes the gradients itself, so that there are none to see yet.
+    """
+    weights = [
+        parameter
+        for parameter in parameters
+        if layer_of.get(parameter) in selected and (has_closure or parameter.grad is not None)
+    ]
+    names = [_series(layer_of[parameter], "weight_norm") for parameter in weights]
+    _add_norms(pending, names, tensor_norms(weights))
+
+
+def _add_norms(
+    pending: Pending, names: Sequence[Series], norms: Sequence[Tensor], scale: Tensor | None = None
+) -> None:
+    """Adds one norm a name, device by device, divided by a scale."""
+    by_device: dict[torch.device, list[int]] = {}
+    for index, norm in enumerate(norms):
+        by_device.setdefault(norm.device, []).append(index)
+    for device, indices in by_device.items():
+        together = torch.stack([norms[index] for index in indices])
+        if scale is not None:
+            together /= scale.to(device, non_blocking=True)
+        pending.add_each([names[index] for index in indices], together)
+
+
 @lru_cache(maxsize=2**14)
-def _norm_series(layer: str, is_selected: bool) -> Series:
-    return Series(layer, "grad_norm" if is_selected else "_other_grad_norm")
+def _series(layer: str, quantity: str) -> Series:
+    return Series(layer, quantity)
 
 
 def _dense_values(gradient: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ class Schedule:
     """At each how many steps something is measured; 0: never. See :func:`probes.attach`.
 
     Attributes:
-        gradients: Gradient norms of parameters.
+        gradients: Norms of gradients and weights.
         activations: Outputs of blocks and the gradients there.
-        details: Outputs of every layer, largest entries, counts, weights and updates.
+        details: Outputs of every layer, largest entries, counts, updates.
         attention: Attention statistics.
         layer_jacobians: Jacobians of whole layers.
     """

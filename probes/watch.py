@@ -17,7 +17,7 @@ from probes.grad_scaler import observe_grad_scaler
 from probes.layer_jacobians import measure_layer_jacobian
 from probes.layers import activation_layers, outermost_blocks, parameter_layers
 from probes.optimizer_state import OptimizerState
-from probes.parameter_gradients import measure_gradients
+from probes.parameter_gradients import measure_gradients, measure_weights
 from probes.pending import LOSS_FACTOR, Pending
 from probes.record import ALL_LAYERS, Series
 from probes.schedule import Schedule, is_due
@@ -132,9 +132,10 @@ class Watch:
         self._after_step(step, pending)  # last, since it may raise what the user asked it to
 
     def measure_gradients(self) -> None:
-        """Measures the gradients of all parameters, where no optimizer says when."""
+        """Measures gradients and weights of all parameters, where no optimizer says when."""
         if self._is_recorded or self._is_detailed:
             self._guard("gradients", self._measure_gradients, self._layer_of, None)
+            self._guard("weights", self._measure_weights, self._layer_of, has_closure=False)
 
     def _say_what_was_missed(self) -> None:
         if self._measured_layers and self.pending.has("grad_norm") and not self._is_forward_seen:
@@ -252,9 +253,9 @@ class Watch:
             # A GradScaler leaves unscaling to optimizers that are fused.
             grad_scale = getattr(optimizer, "grad_scale", None)
             self._guard("gradients", self._measure_gradients, _parameters(optimizer), grad_scale)
+        self._guard("weights", self._measure_weights, _parameters(optimizer), has_closure=has_closure)
         if self._is_detailed:
-            before = self._optimizer_state.before
-            self._guard("weights", before, self.pending, optimizer, has_closure=has_closure)
+            self._guard("updates", self._optimizer_state.before, optimizer, has_closure=has_closure)
 
     def _after_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if self._is_measured(optimizer):
@@ -278,6 +279,9 @@ class Watch:
             grad_scale,
             is_detailed=self._is_detailed,
         )
+
+    def _measure_weights(self, parameters: Iterable[Tensor], *, has_closure: bool) -> None:
+        measure_weights(self.pending, self._layer_of, self._selected, parameters, has_closure=has_closure)
 
     def _is_measured(self, optimizer: Optimizer) -> bool:
         """Of an optimizer that steps several times before the others do (a critic), the first step counts."""
