@@ -8,6 +8,7 @@ from probes.attach import attach
 from probes.probe import Probe
 from probes.reading import RecordedRun, RecordedSeries, read
 from probes.record import Record
+from probes.rng_states import load_rng_states
 from probes.warning import ProbeWarning
 
 __all__ = [

@@ -72,8 +72,9 @@ def heat_map(
     for row, layer in enumerate(layers):
         y = _TOP + row * _ROW_HEIGHT + 13
         is_onset = layer == onset_layer
+        onset = ' class="onset"' if is_onset else ""
         parts.append(
-            f'<text x="{_LABEL_WIDTH - 6}" y="{y}" text-anchor="end"{" class=onset" if is_onset else ""}>'
+            f'<text x="{_LABEL_WIDTH - 6}" y="{y}" text-anchor="end"{onset}>'
             f"<title>{escape(layer)}</title>{escape(_shortened(layer))}{' ▶' if is_onset else ''}</text>"
         )
     parts += _step_axis(steps, width, _TOP + height, onset_step)
@@ -90,17 +91,23 @@ def line(title: str, steps: Sequence[int], values: np.ndarray, *, onset_step: in
     scaled = np.where(finite, np.log10(np.where(finite, values, 1.0)) if is_log else values, 0.0)
     low, high = (scaled[finite].min(), scaled[finite].max()) if shown.size else (0.0, 0.0)
     span = high - low if high > low else 1.0
-    points, broken = [], []
+    pieces: list[list[str]] = [[]]  # a line breaks where it is not finite
+    broken = []
     for index, (value, is_finite) in enumerate(zip(scaled.tolist(), finite.tolist(), strict=True)):
         x = _LABEL_WIDTH + (index + 0.5) / len(steps) * _PLOT_WIDTH
         if is_finite:
-            points.append(f"{x:.1f},{_TOP + 8 + (1 - (value - low) / span) * (_LINE_HEIGHT - 16):.1f}")
+            pieces[-1].append(f"{x:.1f},{_TOP + 8 + (1 - (value - low) / span) * (_LINE_HEIGHT - 16):.1f}")
         else:
+            pieces.append([])
             broken.append(f'<text x="{x:.1f}" y="{_TOP + 10}" text-anchor="middle">×</text>')
     parts = [
         _heading(title, is_log),
         f'<rect x="{_LABEL_WIDTH}" y="{_TOP}" width="{_PLOT_WIDTH}" height="{_LINE_HEIGHT}" class="frame"/>',
-        f'<polyline points="{" ".join(points)}" fill="none" stroke="currentColor" stroke-width="1.5"/>',
+        *(
+            f'<polyline points="{" ".join(points)}" fill="none" stroke="currentColor" stroke-width="1.5" '
+            'stroke-linecap="round"/>'
+            for points in pieces
+        ),
         *broken,
     ]
     for number, y in ((high, _TOP + 12), (low, _TOP + _LINE_HEIGHT - 4)):

@@ -21,11 +21,19 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class _Judged(NamedTuple):
+    """What of a step was judged before its update, and whether the update is left out."""
+
+    size: int
+    series: frozenset[Series]
+    is_left_out: bool
+
+
 class _InFlight(NamedTuple):
-    """A step's numbers on their way; of those that were judged before the update, only the others are new."""
+    """A step's numbers on their way; of a step that was judged before its update, only the others are new."""
 
     transfer: Transfer
-    delivered: frozenset[Series] | None
+    judged: _Judged | None
 
 
 class Delivery:
@@ -58,9 +66,7 @@ class Delivery:
         self._action = action
         self._in_flight: _InFlight | None = None
         self.incidents = incidents
-        self._judged: tuple[int, frozenset[Series]] | None = (
-            None  # size and series of what was judged already
-        )
+        self._judged: _Judged | None = None
         self._unjudged: dict[str, dict[str, float]] = {}
 
     def send(self, step: int, pending: Pending) -> None:
@@ -71,8 +77,8 @@ class Delivery:
         """
         judged, self._judged = self._judged, None
         arrived, self._in_flight = self._in_flight, None
-        if pending and (judged is None or judged[0] < pending.size):
-            self._in_flight = self._start(step, pending, None if judged is None else judged[1])
+        if pending and (judged is None or judged.size < pending.size):
+            self._in_flight = self._start(step, pending, judged)
         alerts = self._deliver(arrived)
         self._act(alerts, self._report(alerts))
 
@@ -96,16 +102,16 @@ class Delivery:
         states: list[tuple[Detector, dict[str, Any] | None]] = []
         if self._action.leaves_out_updates:
             states = [(d, self._try(self._detectors, d, d.state_dict)) for d in list(self._detectors)]
-        self._judged = (pending.size, frozenset(records.series))
         alerts = self._hand_out(records)
         divergence = next((alert for alert in alerts if alert.severity == "divergence"), None)
         if states and divergence is not None:
             for detector, state in states:
                 if detector in self._detectors:
                     self._try(self._detectors, detector, detector.load_state_dict, state)
-            self._unjudged = {}
         self._act(alerts, self._report(alerts))
-        return divergence if states else None
+        left_out_for = divergence if states else None
+        self._judged = _Judged(pending.size, frozenset(records.series), left_out_for is not None)
+        return left_out_for
 
     def close(self, *, silently: bool, step: int = 0, error: BaseException | None = None) -> None:
         """Delivers what is in flight, writes the report if there is something to tell, and closes the sinks.
@@ -157,9 +163,9 @@ class Delivery:
         for detector, (_, detector_state) in zip(self._detectors, state, strict=True):
             detector.load_state_dict(detector_state)
 
-    def _start(self, step: int, pending: Pending, delivered: frozenset[Series] | None) -> _InFlight | None:
+    def _start(self, step: int, pending: Pending, judged: _Judged | None) -> _InFlight | None:
         try:
-            return _InFlight(Transfer(step, pending), delivered)
+            return _InFlight(Transfer(step, pending), judged)
         except Exception as error:
             self._warn_of_copy(step, error)
             return None
@@ -172,16 +178,17 @@ class Delivery:
         except Exception as error:  # a CUDA fault: the context is lost, and what was recorded is not
             self._warn_of_copy(in_flight.transfer.step, error)
             return None
-        return records if in_flight.delivered is None else records.without(in_flight.delivered)
+        return records if in_flight.judged is None else records.without(in_flight.judged.series)
 
     def _deliver(self, in_flight: _InFlight | None) -> list[Alert]:
         records = self._arrive(in_flight)
         if in_flight is None or records is None:
             return []
-        if in_flight.delivered is None:
+        if in_flight.judged is None:
             return self._hand_out(records)
         self._write(records)
-        self._unjudged = self._readings(records)
+        if not in_flight.judged.is_left_out:
+            self._unjudged = self._readings(records)
         return []
 
     def _write(self, records: StepRecords) -> None:

@@ -106,7 +106,7 @@ class IncidentWriter:
             error = None
         if isinstance(error, DivergenceError) or (error is None and not self._alerts):
             return
-        if error is None and self._last_step == step - 1:
+        if error is None and self._last_step >= step - 1:
             return  # the last alert's report tells it all
         gravest = max(self._alerts, key=lambda alert: _GRAVITY[alert.severity], default=None)
         self._write("exit" if error is None else type(error).__name__, step, gravest, error, layers)
