@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 from probes.flight_recorder_file import FILE_NAME, read_steps
 from probes.record import Record
 from stability.divergence import Alert
+
+_ALERT = re.compile(r"^<!-- (\{.*\}) -->$", re.MULTILINE)
 
 Point = tuple[str, int, float]  # tag, step, value
 
@@ -33,7 +36,7 @@ class RecordedRun(dict[str, RecordedSeries]):
     """Tag ``quantity/layer`` (such as ``grad_norm/blocks.0.attention.query``) → series.
 
     Attributes:
-        alerts: The verdicts in full, where JSON lines hold them, in the order in which they were given.
+        alerts: The verdicts, in the order in which they were given.
     """
 
     def __init__(self, series: Mapping[str, RecordedSeries], alerts: Sequence[Alert] = ()) -> None:
@@ -52,7 +55,7 @@ def read(log_dir: str | Path) -> RecordedRun:
         log_dir: The run's directory; or one file: JSON lines, a flight recorder, or an incident's series.npz.
 
     Returns:
-        Series by their tags. Alerts that only TensorBoard has are markers, series with the tag
+        Series by their tags, and the alerts. TensorBoard's markers of alerts are series too, with the tag
         ``alert/kind/layer``.
 
     Raises:
@@ -92,7 +95,7 @@ def _read_file(path: Path, alerts: list[Alert]) -> Iterator[Point]:
     if path.suffix == ".npz":
         return _read_npz(path)
     if path.name.startswith("events.out.tfevents."):
-        return _read_events(path)
+        return _read_events(path, alerts)
     if path.name.startswith(FILE_NAME):
         return _read_recorder(path)
     return _read_lines(path, alerts)
@@ -154,10 +157,13 @@ def _read_npz(path: Path) -> Iterator[Point]:
             yield tags[index], step, value
 
 
-def _read_events(path: Path) -> Iterator[Point]:
+def _read_events(path: Path, alerts: list[Alert]) -> Iterator[Point]:
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     for event in LegacyEventFileLoader(str(path)).Load():
         for value in event.summary.value:
             if value.HasField("simple_value"):
                 yield value.tag, event.step, value.simple_value
+            elif value.tag.startswith("alerts/"):
+                for text in value.tensor.string_val:
+                    alerts += [_alert(_parse(found)) for found in _ALERT.findall(text.decode())]

@@ -47,13 +47,14 @@ class JsonLinesSink:
             for field, default in record._field_defaults.items():
                 if line[field] == default:
                     del line[field]
-            lines.append(_line(line))
-        self._file.write(b"".join(lines))
+            lines.append(to_json(line) + "\n")
+        self._file.write("".join(lines).encode())
         self._file.flush()
 
     def write_alert(self, alert: Alert) -> None:
         """See :class:`~probes.sinks.Sink`."""
-        self._file.write(_line({"type": "alert", **dataclasses.asdict(alert)}))
+        line = {"type": "alert", **dataclasses.asdict(alert)}
+        self._file.write(f"{to_json(line)}\n".encode())
         self._file.flush()
 
     def close(self) -> None:
@@ -68,14 +69,16 @@ class JsonLinesSink:
             is_cut_short = file.read() != b"\n"
         if not has_header:
             self._file.truncate(0)
-            self._file.write(_line({"schema": "stability-probes", "schema_version": SCHEMA_VERSION}))
+            header = {"schema": "stability-probes", "schema_version": SCHEMA_VERSION}
+            self._file.write(f"{to_json(header)}\n".encode())
         elif is_cut_short:
             self._file.write(b"\n")
         self._file.flush()
 
 
-def _line(fields: dict[str, Any]) -> bytes:
-    return (json.dumps(_encode(fields), allow_nan=False, separators=(",", ":")) + "\n").encode()
+def to_json(fields: dict[str, Any]) -> str:
+    """One line of JSON, without NaN."""
+    return json.dumps(_encode(fields), allow_nan=False, separators=(",", ":"))
 
 
 def _encode(value: Any) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probes.record import Series, StepRecords
+from probes.sinks.jsonl import to_json
 from stability.divergence import Alert
 
 if TYPE_CHECKING:
@@ -63,6 +65,9 @@ class TensorBoardSink:
         if alert.spread:
             lines.append(f"spread to {', '.join(f'`{layer}`' for layer in alert.spread)}")
         lines += [f"* {remedy}" for remedy in alert.remedies]
+        # The page leaves comments out; probes.read finds the alert there. Two hyphens would end it.
+        fields = to_json(dataclasses.asdict(alert)).replace("--", "-\\u002d")
+        lines.append(f"<!-- {fields} -->")
         self._add(alert.step, text("alerts", "\n\n".join(lines)))
         tag = Series(alert.layer, f"alert/{alert.kind or alert.quantity}").tag
         marker = self._summary.Value(tag=tag, simple_value=2.0 if alert.severity == "divergence" else 1.0)
