@@ -132,7 +132,7 @@ def _step_axis(steps: Sequence[int], width: int, bottom: int, onset_step: int | 
         f'<text x="{x_of(index):.1f}" y="{bottom + 15}" text-anchor="middle">{steps[index]}</text>'
         for index in labelled
     ]
-    parts.append(f'<text x="{_LABEL_WIDTH - 6}" y="{bottom + 15}" text-anchor="end">step</text>')
+    parts.append(f'<text x="{_LABEL_WIDTH - 24}" y="{bottom + 15}" text-anchor="end">step</text>')
     if onset_step is not None and steps[0] <= onset_step <= steps[-1]:
         index = next(index for index, step in enumerate(steps) if step >= onset_step)
         side = "start" if index < len(steps) // 2 else "end"

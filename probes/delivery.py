@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from probes.alerts import AlertAction
+from probes.detection import Detection
 from probes.incident import IncidentWriter
 from probes.pending import Pending, Transfer
 from probes.record import Series, StepRecords
 from probes.sinks.memory import MemorySink
 from probes.sinks.sink import Sink
-from probes.warning import ProbeWarning
+from probes.warning import ProbeWarning, call_or_drop
 from stability.divergence import Alert, Detector
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class _Judged(NamedTuple):
@@ -62,7 +59,7 @@ class Delivery:
         self._num_ordered = 0
         self.memory = MemorySink()
         self._sinks: list[Sink] = [self.memory, *sinks]
-        self._detectors = list(detectors)
+        self.detection = Detection(detectors, can_forget=action.leaves_out_updates)
         self._action = action
         self._in_flight: _InFlight | None = None
         self.incidents = incidents
@@ -99,17 +96,13 @@ class Delivery:
         records = self._arrive(self._start(step, pending, None))
         if records is None:
             return None
-        states: list[tuple[Detector, dict[str, Any] | None]] = []
-        if self._action.leaves_out_updates:
-            states = [(d, self._try(self._detectors, d, d.state_dict)) for d in list(self._detectors)]
         alerts = self._hand_out(records)
-        divergence = next((alert for alert in alerts if alert.severity == "divergence"), None)
-        if states and divergence is not None:
-            for detector, state in states:
-                if detector in self._detectors:
-                    self._try(self._detectors, detector, detector.load_state_dict, state)
+        left_out_for = None
+        if self._action.leaves_out_updates:
+            left_out_for = next((alert for alert in alerts if alert.severity == "divergence"), None)
+        if left_out_for is not None:
+            self.detection.forget()
         self._act(alerts, self._report(alerts))
-        left_out_for = divergence if states else None
         self._judged = _Judged(pending.size, frozenset(records.series), left_out_for is not None)
         return left_out_for
 
@@ -130,7 +123,7 @@ class Delivery:
         if self.incidents is not None:
             self.incidents.see_end(step, error, self._forward_order)
         for sink in list(self._sinks):
-            self._try(self._sinks, sink, sink.close)
+            call_or_drop(self._sinks, sink, sink.close)
         if not silently:
             self._act(alerts, report)
 
@@ -143,25 +136,6 @@ class Delivery:
         arrived, self._in_flight = self._in_flight, None
         alerts = self._deliver(arrived)
         self._act(alerts, self._report(alerts))
-
-    def state_dict(self) -> list[tuple[str, dict[str, Any]]]:
-        """Name and state of every detector."""
-        return [(type(detector).__name__, detector.state_dict()) for detector in self._detectors]
-
-    def load_state_dict(self, state: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        """Restores the detectors.
-
-        Raises:
-            ValueError: If they are not the ones the state was saved from.
-        """
-        saved = [name for name, _ in state]
-        present = [type(detector).__name__ for detector in self._detectors]
-        if saved != present:
-            raise ValueError(
-                f"the state is of the detectors {saved}; this probe has {present}. Attach with the same ones."
-            )
-        for detector, (_, detector_state) in zip(self._detectors, state, strict=True):
-            detector.load_state_dict(detector_state)
 
     def _start(self, step: int, pending: Pending, judged: _Judged | None) -> _InFlight | None:
         try:
@@ -193,18 +167,16 @@ class Delivery:
 
     def _write(self, records: StepRecords) -> None:
         for sink in list(self._sinks):
-            self._try(self._sinks, sink, sink.write, records)
+            call_or_drop(self._sinks, sink, sink.write, records)
 
     def _hand_out(self, records: StepRecords) -> list[Alert]:
         self._write(records)
         readings = {**self._unjudged, **self._readings(records)}
         self._unjudged = {}
-        alerts: list[Alert] = []
-        for detector in list(self._detectors):
-            alerts += self._try(self._detectors, detector, detector.update, records.step, readings) or []
+        alerts = self.detection.update(records.step, readings)
         for alert in alerts:
             for sink in list(self._sinks):
-                self._try(self._sinks, sink, sink.write_alert, alert)
+                call_or_drop(self._sinks, sink, sink.write_alert, alert)
         return alerts
 
     def _warn_of_copy(self, step: int, error: Exception) -> None:
@@ -231,26 +203,6 @@ class Delivery:
             quantity: dict(sorted(values.items(), key=lambda item: position.get(item[0], -1)))
             for quantity, values in readings.items()
         }
-
-    def _try(self, members: list[T], member: T, method: Callable[..., R], *arguments: object) -> R | None:
-        """Calls a sink or detector; one that fails is dropped with a warning."""
-        try:
-            return method(*arguments)
-        except Exception as error:
-            members.remove(member)
-            self._let_go(member)
-            warnings.warn(
-                f"{type(member).__name__} failed and is dropped; training and recording go on: {error!r}",
-                ProbeWarning,
-                stacklevel=2,
-            )
-            return None
-
-    @staticmethod
-    def _let_go(member: object) -> None:
-        """Frees what a sink that failed still holds: a file, a mapping, a thread."""
-        with contextlib.suppress(Exception):
-            getattr(member, "close", lambda: None)()
 
     def _report(self, alerts: Sequence[Alert]) -> Path | None:
         return None if self.incidents is None else self.incidents.see_alerts(alerts, self._forward_order)

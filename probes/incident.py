@@ -56,6 +56,7 @@ class IncidentWriter:
         self._last_step = -1  # which a folder was written for
         self._has_failed = False
         self._batches: deque[tuple[int, list[int]]] = deque(maxlen=NUM_BATCHES)
+        self._environment = environment()  # now: after a CUDA fault no device tells its name
         self._checkpoint: dict[str, Any] = {}
         self.note_checkpoint(0)
         for folder in directory.glob(f"{_UNFINISHED}*"):  # of a process that was killed while it wrote
@@ -168,7 +169,7 @@ class IncidentWriter:
         steps = read_steps(self._recorder)
         files = {
             "series.npz": _npz(steps),
-            "environment.json": json.dumps(environment(), indent=2).encode(),
+            "environment.json": json.dumps(self._environment, indent=2).encode(),
             rng_states.FILE_NAME: _saved({"checkpoint": self._checkpoint}),
         }
         holds = {
@@ -191,7 +192,7 @@ class IncidentWriter:
             error=error,
             layers=layers,
             steps=steps,
-            environment=environment(),
+            environment=self._environment,
             checkpoint_step=self._checkpoint["step"],
             folder=str(folder.absolute()),
             files=holds,

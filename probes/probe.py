@@ -174,7 +174,7 @@ class Probe:
         """
         self._delivery.flush()
         self._note_checkpoint()
-        return {"step": self._watch.step, "detectors": self._delivery.state_dict()}
+        return {"step": self._watch.step, "detectors": self._delivery.detection.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where ``state_dict`` was taken.
@@ -182,7 +182,7 @@ class Probe:
         Raises:
             ValueError: If the detectors are not the ones the state was saved from.
         """
-        self._delivery.load_state_dict(state["detectors"])
+        self._delivery.detection.load_state_dict(state["detectors"])
         self._watch.begin_step(state["step"])
         self._note_checkpoint()
 

@@ -47,8 +47,8 @@ class RecordedRun(dict[str, RecordedSeries]):
 def read(log_dir: str | Path) -> RecordedRun:
     """Reads what a run recorded.
 
-    Of a directory, JSON lines are read if there are any: they hold every record in full precision. Otherwise
-    it is TensorBoard events and, for the last few hundred steps, the flight recorder, in full precision and
+    Of a directory, JSON lines are read if there are any, since they hold every record in full precision;
+    otherwise TensorBoard events. The flight recorder adds the last few hundred steps, in full precision and
     with single heads. A file that was cut short, by a killed process say, is read as far as it goes.
 
     Args:
@@ -68,11 +68,8 @@ def read(log_dir: str | Path) -> RecordedRun:
     if path.is_file():
         files = [path]
     else:
-        files = sorted(path.glob("*.jsonl"))
-        files = files or [
-            *sorted(path.glob("events.out.tfevents.*")),
-            *path.glob(FILE_NAME),
-        ]
+        files = sorted(path.glob("*.jsonl")) or sorted(path.glob("events.out.tfevents.*"))
+        files += path.glob(FILE_NAME)  # last: of a step recorded twice the later value counts
     if not files:
         raise FileNotFoundError(f"{path} holds no TensorBoard events, no flight recorder and no .jsonl file.")
     alerts: list[Alert] = []

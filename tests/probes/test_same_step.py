@@ -239,10 +239,13 @@ def test_for_the_detectors_a_skipped_step_never_was() -> None:
             self.norms = state["norms"]
 
     detector = Remembering()
+    bad = (2, 3, 7, 8, 16, 17, 18, 33, 39)
     with pytest.warns(probes.DivergenceWarning):
-        Training(same_step=True, on_divergence="skip", detectors=[detector]).run(8, bad=(2, 3, 7))
-    assert len(detector.norms) == 5
-    assert all(map(math.isfinite, detector.norms))
+        probe = Training(same_step=True, on_divergence="skip", detectors=[detector]).run(40, bad=bad)
+    assert [alert.step for alert in probe.alerts] == list(bad)
+    norms = [r.value for r in probe.records if (r.layer, r.quantity) == ("0", "grad_norm")]
+    assert detector.norms == [norm for norm in norms if math.isfinite(norm)]
+    assert len(detector.norms) == 40 - len(bad)
 
 
 def test_what_is_measured_after_the_update_is_judged_with_the_next_step() -> None:
@@ -331,3 +334,25 @@ def test_same_step_takes_one_optimizer() -> None:
 def test_a_snapshot_period_of_zero() -> None:
     with pytest.raises(ValueError, match="`snapshot_every` must be at least 1; got 0"):
         probes.attach(nn.Linear(1, 1), snapshot_every=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipping_on_a_gpu(fused: bool) -> None:
+    def train(bad: int | None, skipped: int | None, **arguments: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 1)).cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+        probe = probes.attach(model, optimizer, detectors=[NonFiniteDetector()], **arguments)
+        for step in range(8):
+            optimizer.zero_grad()
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step)).cuda()
+            model(x * (math.nan if step == bad else 1.0)).square().mean().backward()
+            if step != skipped:
+                optimizer.step()
+        probe.close()
+        return list(model.parameters())
+
+    with pytest.warns(probes.DivergenceWarning):
+        skipping = train(4, None, same_step=True, on_divergence="skip")
+    assert_equal(skipping, train(None, 4))
