@@ -176,10 +176,10 @@ def _close_open_probes() -> None:
 
 
 def _flight_recorder(log_dir: Path, steps: int, num_layers: int) -> FlightRecorder | None:
-    """The recorder, or None with a warning if another probe records to the same directory."""
+    """The recorder; None, with a warning, where another probe records or the disk cannot hold it."""
     try:
         return FlightRecorder(log_dir / FILE_NAME, steps=steps, values_per_step=256 + 16 * num_layers)
-    except BlockingIOError as error:
+    except OSError as error:
         warnings.warn(f"no flight recorder and no incident folders: {error}", ProbeWarning, stacklevel=3)
         return None
 

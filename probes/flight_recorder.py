@@ -6,7 +6,7 @@ its CUDA context is lost, without a flush.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import mmap
 import os
@@ -23,6 +23,8 @@ from probes.record import Series, StepRecords
 from probes.warning import ProbeWarning
 from stability.divergence import Alert
 
+MAX_COLUMNS = 32  # sets of series that are remembered
+
 _mapped: set[tuple[int, int]] = set()  # files this process records into
 
 
@@ -38,8 +40,9 @@ class FlightRecorder:
     """A sink that keeps the last steps in a file of fixed size. :func:`probes.read` reads it.
 
     The file takes 44 + 128 v + n (36 + 12 v) bytes for n steps of v values, on disk and, as pages the kernel
-    may write back and drop at any time, in memory. Of a step with more values, those of whole layers are kept
-    first, then those of heads; a series whose name finds no room is not recorded. Either is warned of once.
+    may write back and drop at any time, in memory; beside it are the names, and up to 32 sets of them. Of a
+    step with more values, those of whole layers are kept first, then those of heads; a series whose name
+    finds no room is not recorded. Either is warned of once.
 
     An existing file is continued. One of another size is kept beside it, with ``.old`` appended.
 
@@ -65,14 +68,13 @@ class FlightRecorder:
         self._has_warned = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._open()
+            self._file, self._map = self._open()
         except BlockingIOError:
             raise
         except OSError as error:
             raise OSError(
                 f"cannot write the flight recorder to {self.path}: {error}. Choose a writable log_dir."
             ) from error
-        self._map = mmap.mmap(self._file.fileno(), self._layout.size)
         self._map[: HEADER.size] = self._layout.header
         self._identity = _identity(self._file)
         _mapped.add(self._identity)
@@ -119,6 +121,8 @@ class FlightRecorder:
             return known
         order = sorted(range(len(series)), key=lambda index: series[index].head is not None)
         kept = [index for index in order if self._has_number(series[index])][: self._layout.values_per_slot]
+        if len(self._columns) == MAX_COLUMNS:
+            self._columns.clear()
         numbers = np.array([self._numbers[series[index]] for index in kept], dtype="<u4").tobytes()
         columns = _Columns(series, np.array(kept, dtype=np.intp), numbers)
         self._columns[len(series)] = columns
@@ -139,8 +143,8 @@ class FlightRecorder:
         self._numbers[series] = len(self._numbers)
         return True
 
-    def _open(self) -> BinaryIO:
-        """The file, locked and at its full size; one of another layout is renamed."""
+    def _open(self) -> tuple[BinaryIO, mmap.mmap]:
+        """The file, locked, mapped and at its full size; one of another layout is renamed."""
         while True:
             file = self.path.open("a+b")
             try:
@@ -153,7 +157,7 @@ class FlightRecorder:
                     for start in range(file.seek(0, os.SEEK_END), self._layout.size, 1 << 20):
                         file.write(bytes(min(1 << 20, self._layout.size - start)))
                     file.flush()
-                    return file
+                    return file, mmap.mmap(file.fileno(), self._layout.size)
             except BaseException:
                 file.close()
                 raise
@@ -166,7 +170,10 @@ def _lock(file: BinaryIO, path: Path) -> None:
     try:
         if _identity(file) in _mapped:
             raise BlockingIOError
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(ImportError):  # Windows has no such locks
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise BlockingIOError(f"another probe records to {path}; give each its own log_dir.") from None
 

@@ -103,7 +103,7 @@ class IncidentWriter:
             error: The exception; a :class:`~probes.DivergenceError` has a folder already.
             layers: The model's layers in the order of the forward pass.
         """
-        if isinstance(error, SystemExit):
+        if isinstance(error, SystemExit | GeneratorExit):
             error = None
         if isinstance(error, DivergenceError) or (error is None and not self._alerts):
             return

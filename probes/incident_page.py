@@ -18,6 +18,7 @@ from stability.divergence import Alert
 MAX_ROWS = 40
 MAX_COLUMNS = 240
 MAX_MAPS = 8
+MAX_ALERTS = 40
 _USUAL_MAPS = (
     "grad_norm",
     "weight_norm",
@@ -176,10 +177,12 @@ def _tables(incident: Incident) -> Iterable[tuple[str, list[list[str]]]]:
             points = [[str(step), number(value)] for step, value in alert.evidence]
             yield f"Evidence: {alert.quantity} in {alert.layer}", [["step", alert.quantity], *points]
     if len(incident.alerts) > 1:
-        rows = [
-            [str(a.step), a.severity, a.kind or a.quantity, f"`{a.layer}`", a.reason] for a in incident.alerts
-        ]
-        yield "All alerts of this run", [["step", "severity", "kind", "layer", "reason"], *rows]
+        newest = incident.alerts[-MAX_ALERTS:]
+        rows = [[str(a.step), a.severity, a.kind or a.quantity, f"`{a.layer}`", a.reason] for a in newest]
+        yield (
+            f"Alerts of this run, the last {len(newest)} of {len(incident.alerts)}",
+            [["step", "severity", "kind", "layer", "reason"], *rows],
+        )
     yield "Files", [["file", "holds"], *([f"`{name}`", text] for name, text in incident.files.items())]
     rows = [[key, str(value)] for key, value in incident.environment.items()]
     yield "Environment", [["", ""], *rows]

@@ -24,7 +24,7 @@ class Snapshots:
 
     Args:
         model: Its parameters and buffers are kept.
-        optimizer: Its state is kept; not its learning rates, which belong to the schedule.
+        optimizer: Its parameters and state are kept; not its learning rates, which belong to the schedule.
         every: Steps between snapshots.
     """
 
@@ -39,6 +39,8 @@ class Snapshots:
         """Copies everything as it is before the update of ``step``, if the newest snapshot is old enough."""
         if self._kept and step - self._kept[-1].step < self._every:
             return
+        if len(self._kept) == self._kept.maxlen:
+            self._kept.popleft()  # first, so that there are never three
         tensors = [tensor.detach().clone() for tensor in self._tensors()]
         state = {
             parameter: {name: _copied(value) for name, value in entries.items()}
@@ -77,7 +79,9 @@ class Snapshots:
         return snapshot.step
 
     def _tensors(self) -> list[Tensor]:
-        return [*self._model.parameters(), *self._model.buffers()]
+        stepped = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        tensors = [*self._model.parameters(), *self._model.buffers(), *stepped]
+        return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def _copied(value: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import probes
-from probes.flight_recorder import FlightRecorder
+from probes.flight_recorder import MAX_COLUMNS, FlightRecorder
 from probes.flight_recorder_file import Layout, read_steps
 from probes.record import Series, StepRecords
 
@@ -71,9 +71,11 @@ def test_its_size_is_what_the_docstring_says_however_long_it_records(tmp_path: P
     stated = 44 + 128 * values + slots * (36 + 12 * values)
     assert os.path.getsize(recorder.path) == stated
     for step in range(200):
-        recorder.write(step_records(step, names(30 + step % 7)))
+        recorder.write(step_records(step, names(step % 37)))
     assert os.path.getsize(recorder.path) == stated == len(recorder._map)
-    assert len(recorder._columns) == 7  # in the process: names, and one entry a number of series
+    # In the process: the names, and the sets of series that were seen.
+    assert len(recorder._numbers) == 36
+    assert len(recorder._columns) <= MAX_COLUMNS
 
 
 def test_the_size_that_attach_states(tmp_path: Path) -> None:
@@ -148,6 +150,18 @@ def test_a_second_probe_in_one_directory_goes_without(tmp_path: Path) -> None:
     with probes.attach(nn.Linear(1, 1), log_dir=tmp_path):
         with pytest.warns(probes.ProbeWarning, match="no flight recorder and no incident folders"):
             train(tmp_path, 2)
+
+
+def test_where_files_cannot_be_mapped_training_goes_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_device(*arguments: object) -> None:
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr("probes.flight_recorder.mmap.mmap", no_device)
+    with pytest.warns(probes.ProbeWarning, match="no flight recorder and no incident folders: .*such device"):
+        train(tmp_path, 2)
+    assert probes.read(tmp_path)["grad_norm/(all)"].steps.tolist() == [0, 1]
 
 
 def test_zero_switches_it_off(tmp_path: Path) -> None:
