@@ -73,7 +73,11 @@ class AlertAction:
             alert: The verdict.
             report: The incident's folder, if one was written.
         """
-        remark = f" ({self._when})" if report is None else f" ({self._when}; {report}/report.html)"
+        what_follows = ""
+        if self.leaves_out_updates and alert.severity == "divergence":
+            what_follows = ", which is left out"
+        where = "" if report is None else f"; {report}/report.html"
+        remark = f" ({self._when}{what_follows}{where})"
         if callable(self._on_divergence):
             self._on_divergence(alert)
         elif self._on_divergence == "raise" and alert.severity == "divergence":

@@ -136,8 +136,8 @@ def attach(
     incidents = None
     if log_dir is not None:  # after every check: a refused call leaves no directory behind
         log_dir = Path(log_dir)
-        recorder = _flight_recorder(log_dir, flight_recorder, len(selected)) if flight_recorder else None
         sinks = (TensorBoardSink(log_dir), *sinks)
+        recorder = _flight_recorder(log_dir, flight_recorder, len(selected)) if flight_recorder else None
         if recorder is not None:
             sinks = (recorder, *sinks)
             incidents = IncidentWriter(log_dir / "incidents", recorder.path)

@@ -64,6 +64,7 @@ class Delivery:
         self._in_flight: _InFlight | None = None
         self.incidents = incidents
         self._judged: _Judged | None = None
+        self._has_warned_of_copy = False
         self._unjudged: dict[str, dict[str, float]] = {}
 
     def send(self, step: int, pending: Pending) -> None:
@@ -180,11 +181,13 @@ class Delivery:
         return alerts
 
     def _warn_of_copy(self, step: int, error: Exception) -> None:
-        warnings.warn(
-            f"the numbers of step {step} could not be copied; training goes on without: {error!r}",
-            ProbeWarning,
-            stacklevel=3,
-        )
+        if not self._has_warned_of_copy:
+            self._has_warned_of_copy = True
+            warnings.warn(
+                f"the numbers of step {step} could not be copied; training goes on without: {error!r}",
+                ProbeWarning,
+                stacklevel=3,
+            )
 
     def _readings(self, records: StepRecords) -> dict[str, dict[str, float]]:
         """The step as detectors read it: whole layers only, a module's later calls under their own names."""

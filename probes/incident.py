@@ -55,7 +55,7 @@ class IncidentWriter:
         self._num_written = 0
         self._last_step = -1  # which a folder was written for
         self._has_failed = False
-        self._batches: deque[tuple[int, list[int]]] = deque(maxlen=NUM_BATCHES)
+        self._batches: deque[tuple[int, np.ndarray]] = deque(maxlen=NUM_BATCHES)
         self._environment = environment()  # now: after a CUDA fault no device tells its name
         self._checkpoint: dict[str, Any] = {}
         self.note_checkpoint(0)
@@ -66,7 +66,7 @@ class IncidentWriter:
         """Remembers the random number generators as they are, right before ``step``."""
         self._checkpoint = {"step": step, "states": rng_states.rng_states()}
 
-    def note_batch(self, step: int, indices: list[int]) -> None:
+    def note_batch(self, step: int, indices: np.ndarray) -> None:
         """Remembers which samples a step trains on; the last 16 batches are kept."""
         self._batches.append((step, indices))
 
@@ -179,7 +179,7 @@ class IncidentWriter:
             f"{self._checkpoint['step']}, the last checkpoint the probe knows of",
         }
         if self._batches:
-            batches = [{"step": batch_step, "indices": indices} for batch_step, indices in self._batches]
+            batches = [{"step": at, "indices": indices.tolist()} for at, indices in self._batches]
             files["batches.json"] = json.dumps(batches).encode()
             holds["batches.json"] = (
                 f"indices of the last {len(batches)} batches, as logged by probe.log_batch"

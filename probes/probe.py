@@ -135,11 +135,11 @@ class Probe:
                 f"`indices` must be on the CPU; got a tensor on {indices.device}. Log them before "
                 "they are moved."
             )
-        flat = np.asarray(indices).ravel()
-        if flat.dtype.kind not in "iu":
-            raise TypeError(f"`indices` must be integers; got {flat.dtype}.")
+        copied = np.array(indices)
+        if copied.dtype.kind not in "iu" and copied.size:
+            raise TypeError(f"`indices` must be integers; got {copied.dtype}.")
         if self._delivery.incidents is not None:
-            self._delivery.incidents.note_batch(self._watch.step, flat.tolist())
+            self._delivery.incidents.note_batch(self._watch.step, copied)
 
     def step(self) -> None:
         """Ends a step when ``attach`` was given no optimizer; call it after the backward pass.

@@ -84,6 +84,11 @@ def test_in_the_same_step_the_text_says_so(on_divergence: str) -> None:
         AlertAction(on_divergence, same_step=True)(WARNING)
 
 
+def test_a_left_out_update_is_said_to_be() -> None:
+    with pytest.warns(probes.DivergenceWarning, match=r"\(seen before the update, which is left out\)"):
+        AlertAction("skip", same_step=True)(DIVERGENCE)
+
+
 def test_a_function_gets_every_alert() -> None:
     alerts: list[Alert] = []
     action = AlertAction(alerts.append)

@@ -103,6 +103,29 @@ class TestWhen:
         )
         assert 'raise RuntimeError("device-side assert\\nsecond line")' in "\n".join(report)
 
+    def test_a_device_that_is_lost_takes_neither_the_error_nor_the_report(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As after a CUDA fault: every copy fails, and the script's own exception is on its way."""
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def lost(self: object) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        with pytest.warns(probes.ProbeWarning, match="the numbers of step 3 could not be copied") as caught:
+            with pytest.raises(RuntimeError, match="device-side assert"):
+                with probes.attach(model, optimizer, log_dir=tmp_path, detectors=[]):
+                    for step in range(6):
+                        model(torch.ones(1, 1)).sum().backward()
+                        optimizer.step()
+                        if step == 3:
+                            monkeypatch.setattr("probes.pending.Transfer.wait", lost)
+                    raise RuntimeError("CUDA error: device-side assert triggered")
+        assert len(caught) == 1
+        assert folders(tmp_path) == ["step-000006-RuntimeError"]
+        assert probes.read(tmp_path)["grad_norm/(all)"].steps.tolist() == [0, 1, 2]
+
     def test_ctrl_c(self, tmp_path: Path) -> None:
         model = nn.Linear(1, 1)
         with pytest.raises(KeyboardInterrupt), probes.attach(model, log_dir=tmp_path) as probe:
