@@ -5,11 +5,11 @@
 
 from probes.alerts import DivergenceError, DivergenceWarning
 from probes.attach import attach
+from probes.failures import ProbeWarning
 from probes.probe import Probe
 from probes.reading import RecordedRun, RecordedSeries, read
 from probes.record import Record
 from probes.rng_states import load_rng_states
-from probes.warning import ProbeWarning
 
 __all__ = [
     "DivergenceError",

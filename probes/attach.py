@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from probes.alerts import AlertAction, OnDivergence
 from probes.delivery import Delivery
+from probes.failures import ProbeWarning
 from probes.flight_recorder import FlightRecorder
 from probes.flight_recorder_file import FILE_NAME
 from probes.incident import IncidentWriter
@@ -22,7 +23,6 @@ from probes.schedule import Schedule
 from probes.sinks.sink import Sink
 from probes.sinks.tensorboard import TensorBoardSink
 from probes.snapshots import Snapshots
-from probes.warning import ProbeWarning
 from stability.divergence import Detector, default_detectors
 from stability.module_calls import is_compiled, layer_names
 

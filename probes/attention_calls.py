@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from probes.attention_sites import AttentionSite, attention_site, read_softmax
+from probes.failures import ProbeWarning
 from probes.pending import Pending
 from probes.record import Kind, Series
-from probes.warning import ProbeWarning
 from stability.attention.by_hand import is_attention_softmax, is_named_for_attention
 from stability.attention.call import AttentionCall
 from stability.attention.compiled import Place, Tracer

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from probes.alerts import AlertAction
 from probes.detection import Detection
+from probes.failures import ProbeWarning, call_or_drop
 from probes.incident import IncidentWriter
 from probes.pending import Pending, Transfer
 from probes.record import Series, StepRecords
 from probes.sinks.memory import MemorySink
 from probes.sinks.sink import Sink
-from probes.warning import ProbeWarning, call_or_drop
 from stability.divergence import Alert, Detector
 
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from probes.warning import call_or_drop
+from probes.failures import call_or_drop
 from stability.divergence import Alert, Detector, Readings
 
 # Their state is large, so it is not saved at every step: steps since then are judged again, which is exact.

@@ -18,9 +18,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from probes.failures import ProbeWarning
 from probes.flight_recorder_file import HEADER, NAME, SLOT, Layout, Names, parse_slots
 from probes.record import Series, StepRecords
-from probes.warning import ProbeWarning
 from stability.divergence import Alert
 
 MAX_COLUMNS = 32  # sets of series that are remembered

@@ -21,10 +21,10 @@ import torch
 
 from probes import incident_page, rng_states
 from probes.alerts import DivergenceError
+from probes.failures import ProbeWarning
 from probes.flight_recorder_file import read_steps
 from probes.incident_page import Incident
 from probes.record import Series, StepRecords
-from probes.warning import ProbeWarning
 from stability.divergence import Alert
 
 MAX_INCIDENTS = 8
@@ -197,8 +197,8 @@ class IncidentWriter:
             folder=str(folder.absolute()),
             files=holds,
         )
-        files["report.md"] = incident_page.markdown(incident).encode()
-        files["report.html"] = incident_page.html(incident).encode()
+        files["report.md"] = incident_page.markdown(incident).encode(errors="replace")
+        files["report.html"] = incident_page.html(incident).encode(errors="replace")
         return files
 
 

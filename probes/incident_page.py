@@ -114,7 +114,7 @@ def markdown(incident: Incident) -> str:
     for heading, rows in _tables(incident):
         head, *body = rows
         lines += [f"## {heading}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body] + [""]
+        lines += ["| " + " | ".join(_in_table(cell) for cell in row) + " |" for row in body] + [""]
     lines += ["## Again", "", "```", *_recipe(incident), "```", ""]
     if incident.error is not None:
         lines += ["## Traceback", "", "```", _traceback(incident.error), "```", ""]
@@ -145,6 +145,10 @@ def html(incident: Incident) -> str:
     if incident.error is not None:
         parts.append(f"<h2>Traceback</h2><pre>{escape(_traceback(incident.error))}</pre>")
     return "".join(parts) + "</body></html>\n"
+
+
+def _in_table(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
 
 
 def _traceback(error: BaseException) -> str:
@@ -211,11 +215,7 @@ def _pictures(incident: Incident) -> list[str]:
         if by_layer and len(pictures) < MAX_MAPS:
             rows = _rows(by_layer, incident.layers, alert)
             steps = sorted({step for layer in rows for step in by_layer[layer]})[-MAX_COLUMNS:]
-            values = np.ma.masked_all((len(rows), len(steps)))
-            for row, layer in enumerate(rows):
-                for column, step in enumerate(steps):
-                    if step in by_layer[layer]:
-                        values[row, column] = by_layer[layer][step]
+            values = _matrix([by_layer[layer] for layer in rows], steps)
             left_out = f", {len(rows)} of {len(by_layer)} layers" if len(rows) < len(by_layer) else ""
             pictures.append(
                 heat_map(
@@ -226,6 +226,18 @@ def _pictures(incident: Incident) -> list[str]:
             steps = sorted(whole)[-MAX_COLUMNS:]
             pictures.append(line(title, steps, np.array([whole[s] for s in steps]), onset_step=onset_step))
     return pictures
+
+
+def _matrix(rows: Sequence[dict[int, float]], steps: Sequence[int]) -> np.ma.MaskedArray:
+    """Values [len(rows), len(steps)], masked where a row has none."""
+    column_of = {step: column for column, step in enumerate(steps)}
+    values, is_missing = np.zeros((len(rows), len(steps))), np.ones((len(rows), len(steps)), bool)
+    for index, row in enumerate(rows):
+        for step, value in row.items():
+            column = column_of.get(step)
+            if column is not None:
+                values[index, column], is_missing[index, column] = value, False
+    return np.ma.masked_array(values, is_missing)
 
 
 def _by_quantity(steps: Iterable[StepRecords]) -> dict[str, dict[str, dict[int, float]]]:

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from probes.alerts import DivergenceError
 from probes.delivery import Delivery
+from probes.failures import ProbeWarning
 from probes.snapshots import Snapshots
-from probes.warning import ProbeWarning
 from probes.watch import SKIPPED_STEP, Watch
 
 MAX_LEFT_OUT = 10

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from probes.activations import Activations
 from probes.attention_calls import AttentionCalls
 from probes.compiled_layers import CompiledLayers, What
+from probes.failures import ProbeWarning
 from probes.grad_scaler import observe_grad_scaler
 from probes.layer_jacobians import measure_layer_jacobian
 from probes.layers import activation_layers, outermost_blocks, parameter_layers
@@ -21,7 +22,6 @@ from probes.parameter_gradients import measure_gradients, measure_weights
 from probes.pending import LOSS_FACTOR, Pending
 from probes.record import ALL_LAYERS, Series
 from probes.schedule import Schedule, is_due
-from probes.warning import ProbeWarning
 from stability.module_calls import ModuleCalls, in_backward
 
 SKIPPED_STEP = Series(ALL_LAYERS, "skipped_step")

@@ -43,11 +43,14 @@ class Alarm:
         pass
 
 
+QUIET: dict[str, Any] = {"detectors": [Alarm()], "on_divergence": "ignore"}
+
+
 def attach(directory: Path) -> tuple[nn.Module, torch.optim.Optimizer, probes.Probe]:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     sinks = [JsonLinesSink(directory / "run.jsonl")]
-    probe = probes.attach(model, optimizer, log_dir=directory, sinks=sinks, detectors=[Alarm()])
+    probe = probes.attach(model, optimizer, log_dir=directory, sinks=sinks, **QUIET)
     return model, optimizer, probe
 
 
