@@ -57,6 +57,15 @@ def test_the_layer_nearest_to_the_loss_is_named() -> None:
     assert alert.spread == ("a",)
 
 
+def test_where_gradients_are_clipped_those_at_outputs_tell() -> None:
+    detector = GradientExplosionDetector("activation_grad_norm")
+    for step in range(30):
+        assert not detector.update(step, {"activation_grad_norm": {"a": 1.0}, "grad_norm": {"a": 1.0}})
+    (alert,) = detector.update(30, {"activation_grad_norm": {"a": 2e4}, "grad_norm": {"a": 1.0}})
+    assert (alert.quantity, alert.severity) == ("activation_grad_norm", "divergence")
+    assert "gradient at its output" in alert.reason
+
+
 def test_spikes_and_the_whole_models_norm_say_nothing() -> None:
     norms = [{"a": 1.0, "(all)": 1e9} for _ in range(60)]
     norms[40]["a"] = 20.0
