@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings, Severity
 from stability.divergence.remedies import REMEDIES
 from stability.divergence.track import Track, from_states, origin, states
 
+_WHAT = {"grad_norm": "gradient norm", "activation_grad_norm": "the norm of the gradient at its output,"}
 _SEVERITIES: tuple[Severity, ...] = ("warning", "divergence")
 _GROWTH_STEPS = 8  # over how many steps the rate of growth is read
 
@@ -19,23 +20,25 @@ class GradientExplosionDetector:
     A norm g is out of range when log g exceeds the median of the layer's last ``window`` values by log
     ``warning_ratio`` and by ``num_spreads`` of their spread; from ``divergence_ratio`` on the alert says
     divergence. Values enter the history cut off at the threshold, so a spike does not move it and a new level
-    becomes the ordinary one after half a window. The layer is named that left its range first (half of the way,
-    on the logarithmic scale), of several the one nearest to the loss, since gradients grow on their way back from
-    there. One alert per severity and episode; an episode ends when every layer is back in its range.
+    becomes the ordinary one after half a window. The layer is named that left its range first (half of the
+    way, on the logarithmic scale), of several the one nearest to the loss, since gradients grow on their way
+    back from there. One alert per severity and episode; an episode ends when every layer is back in its
+    range.
 
     Args:
+        quantity: "grad_norm", or "activation_grad_norm", which also grows where the script clips gradients.
         warning_ratio: Norm over median that is worth a warning. Spikes of 10 × are ordinary in training
             without clipping (docs/results/), 100 × are not.
         divergence_ratio: Norm over median that counts as an explosion: the four orders of magnitude of
             arXiv 2604.27124.
-        num_spreads: Robust standard deviations from the median, as for loss and gradient spikes in OLMo-core; it
-            matters for noisy or steadily growing norms, whose spread is wide.
+        num_spreads: Robust standard deviations from the median, as for loss and gradient spikes in OLMo-core;
+            it matters for noisy or steadily growing norms, whose spread is wide.
         window: Values that the median covers.
         min_history: Values before the first verdict; the first steps' transient has no reference.
 
     Raises:
-        ValueError: If the ratios are not 1 < warning ≤ divergence, ``num_spreads`` is negative, or the history is
-            longer than the window.
+        ValueError: If the ratios are not 1 < warning ≤ divergence, ``num_spreads`` is negative, or the
+            history is longer than the window.
 
     Source:
         Robust statistics of the log norm: ZClip 2504.02507, AdaGC 2502.11034.
@@ -50,6 +53,7 @@ class GradientExplosionDetector:
 
     def __init__(
         self,
+        quantity: Literal["grad_norm", "activation_grad_norm"] = "grad_norm",
         *,
         warning_ratio: float = 1e2,
         divergence_ratio: float = 1e4,
@@ -66,6 +70,7 @@ class GradientExplosionDetector:
             raise ValueError(f"num_spreads must be at least 0; got {num_spreads}.")
         if not 1 <= min_history <= window:
             raise ValueError(f"min_history must lie in [1, window={window}]; got {min_history}.")
+        self._quantity = quantity
         self._warning = math.log(warning_ratio)
         self._divergence = math.log(divergence_ratio)
         self._num_spreads = num_spreads
@@ -78,7 +83,7 @@ class GradientExplosionDetector:
         """See :class:`~stability.divergence.Detector`."""
         judged: list[str] = []
         level = 0
-        for layer, norm in readings.get("grad_norm", {}).items():
+        for layer, norm in readings.get(self._quantity, {}).items():
             if layer == ALL_LAYERS or not 0 < norm < math.inf:
                 continue  # NonFiniteDetector speaks of these; a gradient of zero has no logarithm
             track = self._tracks.get(layer)
@@ -98,7 +103,7 @@ class GradientExplosionDetector:
             if excess >= threshold:
                 level = max(level, 2 if excess >= self._divergence else 1)
         if not judged or level <= self._reported:
-            if judged and not any(self._tracks[layer].score >= 1 for layer in judged):
+            if judged and all(self._tracks[layer].onset is None for layer in judged):
                 self._reported = 0
             return []
         self._reported = level
@@ -117,19 +122,21 @@ class GradientExplosionDetector:
         layer, spread = origin(self._tracks, layers, ties="last")
         track = self._tracks[layer]
         norm, reference = track.recent[-1][1], math.exp(track.range.median())
-        reason = f"gradient norm {norm:.3g} is {norm / reference:.3g} × its median of {reference:.3g}"
+        reason = (
+            f"{_WHAT[self._quantity]} {norm:.3g} is {norm / reference:.3g} × its median of {reference:.3g}"
+        )
         points = list(track.recent)[-_GROWTH_STEPS:]
         growth = (math.log(points[-1][1]) - math.log(points[0][1])) / max(1, points[-1][0] - points[0][0])
         missing = self._divergence - math.log(norm / reference)
         if severity == "warning" and growth > 0 < missing:
             reason += (
-                f"; it grows by {math.expm1(growth):.0%} a step and reaches {math.exp(self._divergence):.0e} × "
-                f"in about {math.ceil(missing / growth)} steps"
+                f"; it grows by {math.expm1(growth):.0%} a step and reaches "
+                f"{math.exp(self._divergence):.0e} × in about {math.ceil(missing / growth)} steps"
             )
         return Alert(
             step,
             layer,
-            "grad_norm",
+            self._quantity,
             severity,
             norm,
             reference,
