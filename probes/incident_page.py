@@ -115,7 +115,7 @@ def markdown(incident: Incident) -> str:
         head, *body = rows
         lines += [f"## {heading}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         lines += ["| " + " | ".join(_in_table(cell) for cell in row) + " |" for row in body] + [""]
-    lines += ["## Again", "", "```", *_recipe(incident), "```", ""]
+    lines += ["## To reproduce", "", "```", *_recipe(incident), "```", ""]
     if incident.error is not None:
         lines += ["## Traceback", "", "```", _traceback(incident.error), "```", ""]
     return "\n".join(lines)
@@ -141,7 +141,7 @@ def html(incident: Incident) -> str:
         cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
         rows = "".join(f"<tr>{''.join(f'<td>{_with_code(cell)}</td>' for cell in row)}</tr>" for row in body)
         parts.append(f"<h2>{escape(heading)}</h2><table><tr>{cells}</tr>{rows}</table>")
-    parts.append(f"<h2>Again</h2><pre>{escape(chr(10).join(_recipe(incident)))}</pre>")
+    parts.append(f"<h2>To reproduce</h2><pre>{escape(chr(10).join(_recipe(incident)))}</pre>")
     if incident.error is not None:
         parts.append(f"<h2>Traceback</h2><pre>{escape(_traceback(incident.error))}</pre>")
     return "".join(parts) + "</body></html>\n"
