@@ -5,10 +5,11 @@
 
 from probes.alerts import DivergenceError, DivergenceWarning
 from probes.attach import attach
-from probes.delivery import ProbeWarning
+from probes.failures import ProbeWarning
 from probes.probe import Probe
-from probes.reading import RecordedSeries, read
+from probes.reading import RecordedRun, RecordedSeries, read
 from probes.record import Record
+from probes.rng_states import load_rng_states
 
 __all__ = [
     "DivergenceError",
@@ -16,7 +17,9 @@ __all__ = [
     "Probe",
     "ProbeWarning",
     "Record",
+    "RecordedRun",
     "RecordedSeries",
     "attach",
+    "load_rng_states",
     "read",
 ]

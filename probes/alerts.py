@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from stability.divergence import Alert
 
 OnDivergence = str | Callable[[Alert], None]
 
-_ACTIONS = ("ignore", "warn", "raise")
+_ACTIONS = ("ignore", "warn", "raise", "skip", "restore")
 
 
 class DivergenceError(RuntimeError):
-    """Training diverged, and ``on_divergence="raise"`` asked to stop it.
+    """Training diverged, and ``on_divergence`` asked to stop it.
 
     Attributes:
         alert: The verdict.
     """
 
-    def __init__(self, alert: Alert) -> None:
-        super().__init__(str(alert))
+    def __init__(self, alert: Alert, remark: str = "") -> None:
+        super().__init__(f"{alert}{remark}")
         self.alert = alert
 
 
@@ -32,26 +34,75 @@ class AlertAction:
     """Carries out ``on_divergence``.
 
     Args:
-        on_divergence: "ignore", "warn", "raise" or a function that takes the alert.
+        on_divergence: "ignore", "warn", "raise", "skip", "restore" or a function that takes the alert.
+            Skipping and restoring are done by :class:`probes.same_step.SameStep`; here they warn.
+        same_step: Whether verdicts come before the optimizer steps.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If it is none of these, or can only be done in the same step.
     """
 
-    def __init__(self, on_divergence: OnDivergence) -> None:
+    def __init__(self, on_divergence: OnDivergence, *, same_step: bool = False) -> None:
         if not callable(on_divergence) and on_divergence not in _ACTIONS:
             raise ValueError(
                 f"`on_divergence` must be one of {_ACTIONS} or a function; got {on_divergence!r}."
             )
+        if on_divergence in ("skip", "restore") and not same_step:
+            raise ValueError(
+                f'on_divergence="{on_divergence}" must act before the optimizer steps; add same_step=True, '
+                "which costs one synchronisation of the device at every recorded step."
+            )
         self._on_divergence = on_divergence
+        self._when = "seen before the update" if same_step else "seen one recorded step later"
         self._warned: set[tuple[str, str]] = set()
 
-    def __call__(self, alert: Alert) -> None:
-        """Ignores, warns once per kind of alert, raises on divergence, or calls the user's function."""
+    @property
+    def leaves_out_updates(self) -> bool:
+        """Whether the update of a step that diverges is left out."""
+        return self._on_divergence in ("skip", "restore")
+
+    @property
+    def restores(self) -> bool:
+        """Whether weights and optimizer state go back to the last good snapshot."""
+        return self._on_divergence == "restore"
+
+    def __call__(self, alert: Alert, report: Path | None = None) -> None:
+        """Ignores, warns once per kind of alert, raises on divergence, or calls the user's function.
+
+        Args:
+            alert: The verdict.
+            report: The incident's folder, if one was written.
+        """
+        what_follows = ""
+        if self.leaves_out_updates and alert.severity == "divergence":
+            what_follows = ", which is left out"
+        where = "" if report is None else f"; {report}/report.html"
+        remark = f" ({self._when}{what_follows}{where})"
         if callable(self._on_divergence):
             self._on_divergence(alert)
         elif self._on_divergence == "raise" and alert.severity == "divergence":
-            raise DivergenceError(alert)
-        elif self._on_divergence != "ignore" and (alert.quantity, alert.severity) not in self._warned:
-            self._warned.add((alert.quantity, alert.severity))
-            warnings.warn(f"{alert} (seen one recorded step later)", DivergenceWarning, stacklevel=2)
+            raise DivergenceError(alert, remark)
+        elif self._on_divergence != "ignore":
+            kind = (alert.kind or alert.quantity, alert.severity)
+            if kind not in self._warned:
+                self._warned.add(kind)
+                _print(alert, remark)
+                warnings.warn(f"{alert}{remark}", DivergenceWarning, stacklevel=2)
+
+
+def _print(alert: Alert, remark: str) -> None:
+    """Shows an alert on the terminal, if there is one and rich is installed."""
+    if not sys.stderr.isatty():
+        return
+    try:
+        from rich.console import Console
+        from rich.panel import Panel
+        from rich.text import Text
+    except ImportError:
+        return
+    lines = [f"{alert.reason}{remark}", *(f"• {remedy}" for remedy in alert.remedies)]
+    title = f"step {alert.step}: {alert.kind or alert.quantity} in {alert.layer}"
+    colour = "red" if alert.severity == "divergence" else "yellow"
+    Console(stderr=True).print(
+        Panel(Text("\n".join(lines)), title=Text(title), border_style=colour, title_align="left")
+    )

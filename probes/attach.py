@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +13,16 @@ from torch.optim import Optimizer
 
 from probes.alerts import AlertAction, OnDivergence
 from probes.delivery import Delivery
+from probes.failures import ProbeWarning
+from probes.flight_recorder import FlightRecorder
+from probes.flight_recorder_file import FILE_NAME
+from probes.incident import IncidentWriter
 from probes.layers import select_layers
 from probes.probe import Probe
 from probes.schedule import Schedule
 from probes.sinks.sink import Sink
 from probes.sinks.tensorboard import TensorBoardSink
+from probes.snapshots import Snapshots
 from stability.divergence import Detector, default_detectors
 from stability.module_calls import is_compiled, layer_names
 
@@ -39,6 +46,9 @@ def attach(
     on_divergence: OnDivergence = "warn",
     detectors: Sequence[Detector] | None = None,
     layer_jacobian_every: int = 0,
+    flight_recorder: int = 512,
+    same_step: bool = False,
+    snapshot_every: int = 100,
 ) -> Probe:
     """Watches a model while it trains, layer by layer, without changing it.
 
@@ -50,7 +60,8 @@ def attach(
         model: The model. With ``torch.compile``, attach first and compile then.
         optimizer: The optimizer, or several: a step ends when the last of them has stepped. Without one,
             call ``probe.step()`` after each backward pass; updates are then not recorded.
-        log_dir: Directory for TensorBoard events of this run. None keeps records in memory only.
+        log_dir: Directory for TensorBoard events, the flight recorder and incident folders of this run. None
+            keeps records in memory only.
         sinks: Further places for records, such as :class:`probes.sinks.JsonLinesSink`.
         layers: Shell-style pattern or patterns of module names, as in ``model.named_modules()``.
         every: Records gradient and weight norm of every layer at each n-th optimizer step; 0: never.
@@ -63,10 +74,20 @@ def attach(
         attention_rows: Query rows sampled per sequence and head for attention statistics; None: all.
         on_divergence: What an alert does: "ignore", "warn" (once per kind), "raise"
             (:class:`probes.DivergenceError`, for divergence; warnings still warn) or a function given the
-            :class:`~stability.divergence.Alert`. Verdicts come one recorded step late.
+            :class:`~stability.divergence.Alert`. Verdicts come one recorded step late. With ``same_step``
+            also "skip" (the update of a step that diverges is left out) and "restore" (and weights and
+            optimizer state go back to the last good snapshot); both warn, and raise after ten such steps in a
+            row.
         detectors: Detectors of divergence; None: :func:`stability.divergence.default_detectors`.
         layer_jacobian_every: Norms of ∂output/∂input of each attention layer at each n-th step; 0: never.
             It costs about 25 forward passes of the layer.
+        flight_recorder: Steps kept in ``log_dir``/flight_recorder.bin, a memory-mapped file that outlives the
+            process, at 36 + 12 v bytes a step and v = 256 + 16 × the number of layers. An alert, an exception
+            or Ctrl-C then also writes a folder into ``log_dir``/incidents. 0: neither.
+        same_step: Whether verdicts come before the optimizer steps, at one synchronisation of the device at
+            every recorded step. It takes exactly one optimizer.
+        snapshot_every: Steps between the snapshots of ``on_divergence="restore"``, of which two are kept:
+            with AdamW six times the size of the parameters, in the devices' memory.
 
     Returns:
         The attached probe. Close it, or use it as a context manager.
@@ -74,7 +95,8 @@ def attach(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If the model has no parameters, is compiled or is watched already, ``layers`` matches
-            nothing, a number is out of range, or ``on_divergence`` is unknown.
+            nothing, a number is out of range, ``on_divergence`` is unknown, or ``same_step`` is missing for
+            it or has not exactly one optimizer.
         OSError: If ``log_dir`` cannot be written.
 
     Example:
@@ -94,8 +116,10 @@ def attach(
         ("activations_every", activations_every),
         ("details_every", details_every),
         ("layer_jacobian_every", layer_jacobian_every),
+        ("flight_recorder", flight_recorder),
     ):
         _check_count(name, number, minimum=0)
+    _check_count("snapshot_every", snapshot_every, minimum=1)
     if attention_every is not None:
         _check_count("attention_every", attention_every, minimum=0)
     if attention_rows is not None:
@@ -103,13 +127,27 @@ def attach(
     _check_optimizers(optimizers, model)
     names = layer_names(model)
     selected = select_layers(names.values(), layers)
-    action = AlertAction(on_divergence)
+    action = AlertAction(on_divergence, same_step=same_step)
+    if same_step and len(optimizers) != 1:
+        raise ValueError(
+            f"`same_step` judges one optimizer's updates; got {len(optimizers)} optimizers. Leave it out, "
+            "or give `optimizer` one."
+        )
+    incidents = None
     if log_dir is not None:  # after every check: a refused call leaves no directory behind
+        log_dir = Path(log_dir)
         sinks = (TensorBoardSink(log_dir), *sinks)
+        recorder = _flight_recorder(log_dir, flight_recorder, len(selected)) if flight_recorder else None
+        if recorder is not None:
+            sinks = (recorder, *sinks)
+            incidents = IncidentWriter(log_dir / "incidents", recorder.path)
+    delivery = Delivery(
+        sinks, default_detectors() if detectors is None else detectors, action, names.values(), incidents
+    )
     probe = Probe(
         names,
         optimizers,
-        Delivery(sinks, default_detectors() if detectors is None else detectors, action, names.values()),
+        delivery,
         selected=selected,
         schedule=Schedule(
             gradients=every,
@@ -120,6 +158,8 @@ def attach(
         ),
         attention_rows=attention_rows,
         is_attention_required=bool(attention_every),
+        same_step=same_step,
+        snapshots=Snapshots(model, optimizers[0], snapshot_every) if action.restores else None,
     )
     _open_probes[model] = probe
     probe.on_close(lambda: _open_probes.pop(model, None))
@@ -129,8 +169,19 @@ def attach(
 @atexit.register
 def _close_open_probes() -> None:
     """Brings the records of a script that never closed its probe to disk."""
+    # At exit, what ended the script is no longer under way; in a session, an old error would be there.
+    error = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
     for probe in list(_open_probes.values()):
-        probe._close(silently=True)
+        probe._close(silently=True, error=error)
+
+
+def _flight_recorder(log_dir: Path, steps: int, num_layers: int) -> FlightRecorder | None:
+    """The recorder; None, with a warning, where another probe records or the disk cannot hold it."""
+    try:
+        return FlightRecorder(log_dir / FILE_NAME, steps=steps, values_per_step=256 + 16 * num_layers)
+    except OSError as error:
+        warnings.warn(f"no flight recorder and no incident folders: {error}", ProbeWarning, stacklevel=3)
+        return None
 
 
 def _optimizers(optimizer: object) -> list[Optimizer]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.attention_sites import AttentionSite, attention_site, read_softmax
-from probes.delivery import ProbeWarning
+from probes.failures import ProbeWarning
 from probes.pending import Pending
 from probes.record import Kind, Series
 from stability.attention.by_hand import is_attention_softmax, is_named_for_attention

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from probes.alerts import AlertAction
+from probes.detection import Detection
+from probes.failures import ProbeWarning, call_or_drop
+from probes.incident import IncidentWriter
 from probes.pending import Pending, Transfer
-from probes.record import StepRecords
+from probes.record import Series, StepRecords
 from probes.sinks.memory import MemorySink
 from probes.sinks.sink import Sink
 from stability.divergence import Alert, Detector
 
-T = TypeVar("T")
-R = TypeVar("R")
+
+class _Judged(NamedTuple):
+    """What of a step was judged before its update, and whether the update is left out."""
+
+    size: int
+    series: frozenset[Series]
+    is_left_out: bool
 
 
-class ProbeWarning(UserWarning):
-    """Something could not be measured or written; the training goes on without it."""
+class _InFlight(NamedTuple):
+    """A step's numbers on their way; of a step that was judged before its update, only the others are new."""
+
+    transfer: Transfer
+    judged: _Judged | None
 
 
 class Delivery:
@@ -32,6 +44,7 @@ class Delivery:
         action: What follows a verdict.
         layers: Names of the model's layers, in its order; that of the forward pass takes its place once it is
             known.
+        incidents: Writes incident folders, if there is a place for them.
     """
 
     def __init__(
@@ -40,14 +53,19 @@ class Delivery:
         detectors: Sequence[Detector],
         action: AlertAction,
         layers: Iterable[str] = (),
+        incidents: IncidentWriter | None = None,
     ) -> None:
         self._forward_order = list(layers)
         self._num_ordered = 0
         self.memory = MemorySink()
         self._sinks: list[Sink] = [self.memory, *sinks]
-        self._detectors = list(detectors)
+        self.detection = Detection(detectors, can_forget=action.leaves_out_updates)
         self._action = action
-        self._in_flight: Transfer | None = None
+        self._in_flight: _InFlight | None = None
+        self.incidents = incidents
+        self._judged: _Judged | None = None
+        self._has_warned_of_copy = False
+        self._unjudged: dict[str, dict[str, float]] = {}
 
     def send(self, step: int, pending: Pending) -> None:
         """Starts the copy of a step's numbers; delivers those of the step before.
@@ -55,33 +73,60 @@ class Delivery:
         Raises:
             DivergenceError: If the step before shows divergence and that is to be raised.
         """
+        judged, self._judged = self._judged, None
         arrived, self._in_flight = self._in_flight, None
-        if pending:
-            try:
-                self._in_flight = Transfer(step, pending)
-            except Exception as error:
-                warnings.warn(
-                    f"the numbers of step {step} could not be copied; training goes on without: {error!r}",
-                    ProbeWarning,
-                    stacklevel=2,
-                )
-        self._act(self._deliver(arrived))
+        if pending and (judged is None or judged.size < pending.size):
+            self._in_flight = self._start(step, pending, judged)
+        alerts = self._deliver(arrived)
+        self._act(alerts, self._report(alerts))
 
-    def close(self, *, silently: bool) -> None:
-        """Delivers what is in flight and closes the sinks.
+    def judge(self, step: int, pending: Pending) -> Alert | None:
+        """Delivers what the step under way has measured so far, waiting for it.
+
+        What is measured later in the step goes to the sinks when it ends, and to the detectors with the
+        numbers of the next.
+
+        Returns:
+            The divergence because of which the update is to be left out, if there is one and that was asked
+            for.
+
+        Raises:
+            DivergenceError: If the step shows divergence and that is to be raised.
+        """
+        self.flush()
+        records = self._arrive(self._start(step, pending, None))
+        if records is None:
+            return None
+        alerts = self._hand_out(records)
+        left_out_for = None
+        if self._action.leaves_out_updates:
+            left_out_for = next((alert for alert in alerts if alert.severity == "divergence"), None)
+        if left_out_for is not None:
+            self.detection.forget()
+        self._act(alerts, self._report(alerts))
+        self._judged = _Judged(pending.size, frozenset(records.series), left_out_for is not None)
+        return left_out_for
+
+    def close(self, *, silently: bool, step: int = 0, error: BaseException | None = None) -> None:
+        """Delivers what is in flight, writes the report if there is something to tell, and closes the sinks.
 
         Args:
             silently: Whether alerts of the last step are only written, not acted on.
+            step: The step under way.
+            error: The exception that ends the training, if one does.
 
         Raises:
             DivergenceError: As in ``send``.
         """
         arrived, self._in_flight = self._in_flight, None
         alerts = self._deliver(arrived)
+        report = self._report(alerts)
+        if self.incidents is not None:
+            self.incidents.see_end(step, error, self._forward_order)
         for sink in list(self._sinks):
-            self._try(self._sinks, sink, sink.close)
+            call_or_drop(self._sinks, sink, sink.close)
         if not silently:
-            self._act(alerts)
+            self._act(alerts, report)
 
     def flush(self) -> None:
         """Waits for the numbers in flight and delivers them.
@@ -90,41 +135,59 @@ class Delivery:
             DivergenceError: As in ``send``.
         """
         arrived, self._in_flight = self._in_flight, None
-        self._act(self._deliver(arrived))
+        alerts = self._deliver(arrived)
+        self._act(alerts, self._report(alerts))
 
-    def state_dict(self) -> list[tuple[str, dict[str, Any]]]:
-        """Name and state of every detector."""
-        return [(type(detector).__name__, detector.state_dict()) for detector in self._detectors]
+    def _start(self, step: int, pending: Pending, judged: _Judged | None) -> _InFlight | None:
+        try:
+            return _InFlight(Transfer(step, pending), judged)
+        except Exception as error:
+            self._warn_of_copy(step, error)
+            return None
 
-    def load_state_dict(self, state: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        """Restores the detectors.
+    def _arrive(self, in_flight: _InFlight | None) -> StepRecords | None:
+        if in_flight is None:
+            return None
+        try:
+            records = in_flight.transfer.wait()
+        except Exception as error:  # a CUDA fault: the context is lost, and what was recorded is not
+            self._warn_of_copy(in_flight.transfer.step, error)
+            return None
+        return records if in_flight.judged is None else records.without(in_flight.judged.series)
 
-        Raises:
-            ValueError: If they are not the ones the state was saved from.
-        """
-        saved = [name for name, _ in state]
-        present = [type(detector).__name__ for detector in self._detectors]
-        if saved != present:
-            raise ValueError(
-                f"the state is of the detectors {saved}; this probe has {present}. Attach with the same ones."
-            )
-        for detector, (_, detector_state) in zip(self._detectors, state, strict=True):
-            detector.load_state_dict(detector_state)
-
-    def _deliver(self, transfer: Transfer | None) -> list[Alert]:
-        if transfer is None:
+    def _deliver(self, in_flight: _InFlight | None) -> list[Alert]:
+        records = self._arrive(in_flight)
+        if in_flight is None or records is None:
             return []
-        records = transfer.wait()
+        if in_flight.judged is None:
+            return self._hand_out(records)
+        self._write(records)
+        if not in_flight.judged.is_left_out:
+            self._unjudged = self._readings(records)
+        return []
+
+    def _write(self, records: StepRecords) -> None:
         for sink in list(self._sinks):
-            self._try(self._sinks, sink, sink.write, records)
-        readings = self._readings(records)
-        alerts: list[Alert] = []
-        for detector in list(self._detectors):
-            alerts += self._try(self._detectors, detector, detector.update, records.step, readings) or []
+            call_or_drop(self._sinks, sink, sink.write, records)
+
+    def _hand_out(self, records: StepRecords) -> list[Alert]:
+        self._write(records)
+        readings = {**self._unjudged, **self._readings(records)}
+        self._unjudged = {}
+        alerts = self.detection.update(records.step, readings)
         for alert in alerts:
             for sink in list(self._sinks):
-                self._try(self._sinks, sink, sink.write_alert, alert)
+                call_or_drop(self._sinks, sink, sink.write_alert, alert)
         return alerts
+
+    def _warn_of_copy(self, step: int, error: Exception) -> None:
+        if not self._has_warned_of_copy:
+            self._has_warned_of_copy = True
+            warnings.warn(
+                f"the numbers of step {step} could not be copied; training goes on without: {error!r}",
+                ProbeWarning,
+                stacklevel=3,
+            )
 
     def _readings(self, records: StepRecords) -> dict[str, dict[str, float]]:
         """The step as detectors read it: whole layers only, a module's later calls under their own names."""
@@ -144,19 +207,9 @@ class Delivery:
             for quantity, values in readings.items()
         }
 
-    def _try(self, members: list[T], member: T, method: Callable[..., R], *arguments: object) -> R | None:
-        """Calls a sink or detector; one that fails is dropped with a warning."""
-        try:
-            return method(*arguments)
-        except Exception as error:
-            members.remove(member)
-            warnings.warn(
-                f"{type(member).__name__} failed and is dropped; training and recording go on: {error!r}",
-                ProbeWarning,
-                stacklevel=2,
-            )
-            return None
+    def _report(self, alerts: Sequence[Alert]) -> Path | None:
+        return None if self.incidents is None else self.incidents.see_alerts(alerts, self._forward_order)
 
-    def _act(self, alerts: Iterable[Alert]) -> None:
+    def _act(self, alerts: Iterable[Alert], report: Path | None) -> None:
         for alert in alerts:
-            self._action(alert)
+            self._action(alert, report)

@@ -49,6 +49,11 @@ class Pending:
     def __bool__(self) -> bool:
         return bool(self.measurements or self.numbers)
 
+    @property
+    def size(self) -> int:
+        """How much has been collected: it grows with everything that is added."""
+        return len(self.measurements) + len(self.numbers) + len(self.ratios)
+
     def has(self, quantity: str) -> bool:
         """Whether anything of a quantity has been measured."""
         return any(m.series and m.series[0].quantity == quantity for m in self.measurements)

@@ -8,6 +8,7 @@ from numbers import Real
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -15,7 +16,9 @@ from probes.attention_sites import AttentionSite
 from probes.delivery import Delivery
 from probes.quantities import QUANTITIES
 from probes.record import ALL_LAYERS, Record, Series
+from probes.same_step import SameStep
 from probes.schedule import Schedule
+from probes.snapshots import Snapshots
 from probes.watch import Watch
 from stability.divergence import Alert
 
@@ -36,6 +39,8 @@ class Probe:
         schedule: Schedule,
         attention_rows: int | None,
         is_attention_required: bool,
+        same_step: bool,
+        snapshots: Snapshots | None,
     ) -> None:
         self._has_optimizers = bool(optimizers)
         self._delivery = delivery
@@ -54,6 +59,8 @@ class Probe:
         with ExitStack() as on_failure:  # an attach that fails half-way leaves no hook
             on_failure.callback(self._handles.close)
             self._watch.install(self._handles)
+            if same_step:  # its hooks come after those that measure
+                SameStep(optimizers[0], self._watch, delivery, snapshots).install(self._handles)
             on_failure.pop_all()
 
     @property
@@ -109,6 +116,31 @@ class Probe:
             else:
                 raise TypeError(f"`{name}` must be a number or a tensor; got {type(value).__name__}.")
 
+    def log_batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> None:
+        """Remembers which samples the step under way trains on, for an incident's report.
+
+        The last 16 batches are kept. Call it before the optimizer's step; several times with accumulation.
+
+        Args:
+            indices: Integers, such as the indices a sampler has drawn; on the host.
+
+        Raises:
+            RuntimeError: After ``close``.
+            TypeError: If they are not integers.
+            ValueError: For a tensor on another device, for which the host would have to wait.
+        """
+        self._check_open("log_batch")
+        if isinstance(indices, Tensor) and indices.device.type != "cpu":
+            raise ValueError(
+                f"`indices` must be on the CPU; got a tensor on {indices.device}. Log them before "
+                "they are moved."
+            )
+        copied = np.array(indices)
+        if copied.dtype.kind not in "iu" and copied.size:
+            raise TypeError(f"`indices` must be integers; got {copied.dtype}.")
+        if self._delivery.incidents is not None:
+            self._delivery.incidents.note_batch(self._watch.step, copied)
+
     def step(self) -> None:
         """Ends a step when ``attach`` was given no optimizer; call it after the backward pass.
 
@@ -141,7 +173,8 @@ class Probe:
             DivergenceError: If they show divergence and ``on_divergence="raise"``.
         """
         self._delivery.flush()
-        return {"step": self._watch.step, "detectors": self._delivery.state_dict()}
+        self._note_checkpoint()
+        return {"step": self._watch.step, "detectors": self._delivery.detection.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where ``state_dict`` was taken.
@@ -149,8 +182,9 @@ class Probe:
         Raises:
             ValueError: If the detectors are not the ones the state was saved from.
         """
-        self._delivery.load_state_dict(state["detectors"])
+        self._delivery.detection.load_state_dict(state["detectors"])
         self._watch.begin_step(state["step"])
+        self._note_checkpoint()
 
     def on_close(self, callback: Callable[[], object]) -> None:
         """Registers a function to be called when the probe lets go of the model."""
@@ -164,14 +198,18 @@ class Probe:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Closes the probe; a verdict does not take the place of an exception under way."""
-        self._close(silently=error is not None)
+        self._close(silently=error is not None, error=error)
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "attached"
         num_records = len(self._delivery.memory)
         return f"<Probe {state}: step {self._watch.step}, {num_records} records, {len(self.alerts)} alerts>"
 
-    def _close(self, *, silently: bool) -> None:
+    def _note_checkpoint(self) -> None:
+        if self._delivery.incidents is not None:
+            self._delivery.incidents.note_checkpoint(self._watch.step)
+
+    def _close(self, *, silently: bool, error: BaseException | None = None) -> None:
         if self._is_closed:
             return
         self._is_closed = True
@@ -180,7 +218,7 @@ class Probe:
             if self._watch.pending:  # a step that an exception or an interrupt cut short
                 self._delivery.send(self._watch.step, self._watch.pending.take())
         finally:
-            self._delivery.close(silently=silently)
+            self._delivery.close(silently=silently, step=self._watch.step, error=error)
 
     def _check_open(self, method: str) -> None:
         if self._is_closed:

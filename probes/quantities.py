@@ -59,7 +59,7 @@ QUANTITIES: dict[str, Quantity] = {
     "grad_max_abs": Quantity(largest, "loss per weight", "Largest absolute entry of that gradient"),
     "nonfinite_count": Quantity(total, "entries", "NaN and infinite entries of that gradient"),
     "skipped_step": Quantity(
-        largest, "1", "1 where a GradScaler left the update out, its gradients not being finite; otherwise 0"
+        largest, "1", "1 where a GradScaler or on_divergence left the update out; otherwise 0, or absent"
     ),
     "weight_norm": Quantity(root_sum_of_squares, "weight", "Norm of the weights before the step"),
     "update_ratio": Quantity(mean, "1", "Norm of the step's change over weight_norm; about 1e-3 is usual"),

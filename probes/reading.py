@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from probes.flight_recorder_file import FILE_NAME, read_steps
 from probes.record import Record
+from stability.divergence import Alert
+
+_ALERT = re.compile(r"^<!-- (\{.*\}) -->$", re.MULTILINE)
 
 Point = tuple[str, int, float]  # tag, step, value
 
@@ -27,32 +32,48 @@ class RecordedSeries(NamedTuple):
     values: np.ndarray
 
 
-def read(log_dir: str | Path) -> dict[str, RecordedSeries]:
+class RecordedRun(dict[str, RecordedSeries]):
+    """Tag ``quantity/layer`` (such as ``grad_norm/blocks.0.attention.query``) → series.
+
+    Attributes:
+        alerts: The verdicts, in the order in which they were given.
+    """
+
+    def __init__(self, series: Mapping[str, RecordedSeries], alerts: Sequence[Alert] = ()) -> None:
+        super().__init__(series)
+        self.alerts = list(alerts)
+
+
+def read(log_dir: str | Path) -> RecordedRun:
     """Reads what a run recorded.
 
-    JSON lines are read if there are any (they hold every record in full precision), TensorBoard events
-    otherwise. A file that was cut short, by a killed process say, is read as far as it goes.
+    Of a directory, JSON lines are read if there are any, since they hold every record in full precision;
+    otherwise TensorBoard events. The flight recorder adds the last few hundred steps, in full precision and
+    with single heads. A file that was cut short, by a killed process say, is read as far as it goes.
 
     Args:
-        log_dir: The run's directory, or one ``.jsonl`` file.
+        log_dir: The run's directory; or one file: JSON lines, a flight recorder, or an incident's series.npz.
 
     Returns:
-        Tag ``quantity/layer`` (such as ``grad_norm/blocks.0.attention.query``) → series.
+        Series by their tags, and the alerts. TensorBoard's markers of alerts are series too, with the tag
+        ``alert/kind/layer``.
 
     Raises:
         FileNotFoundError: If there is no such directory, or nothing recorded in it.
-        ValueError: If a JSON-lines file is not one of ours or of a newer schema.
+        ValueError: If a file is not one of ours or of a newer schema.
     """
     path = Path(log_dir)
     if not path.exists():
         raise FileNotFoundError(f"no run at {path}; expected the `log_dir` of a finished or running probe.")
-    lines = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
-    events = [] if lines else sorted(path.glob("events.out.tfevents.*"))
-    if not lines and not events:
-        raise FileNotFoundError(f"{path} holds no TensorBoard events and no .jsonl file.")
-    return to_series(
-        point for file in lines or events for point in (_read_lines if lines else _read_events)(file)
-    )
+    if path.is_file():
+        files = [path]
+    else:
+        files = sorted(path.glob("*.jsonl")) or sorted(path.glob("events.out.tfevents.*"))
+        files += path.glob(FILE_NAME)  # last: of a step recorded twice the later value counts
+    if not files:
+        raise FileNotFoundError(f"{path} holds no TensorBoard events, no flight recorder and no .jsonl file.")
+    alerts: list[Alert] = []
+    return RecordedRun(to_series(point for file in files for point in _read_file(file, alerts)), alerts)
 
 
 def to_series(points: Iterable[Point]) -> dict[str, RecordedSeries]:
@@ -67,35 +88,79 @@ def to_series(points: Iterable[Point]) -> dict[str, RecordedSeries]:
     return result
 
 
-def _read_lines(path: Path) -> Iterator[Point]:
+def _read_file(path: Path, alerts: list[Alert]) -> Iterator[Point]:
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    if path.name.startswith("events.out.tfevents."):
+        return _read_events(path, alerts)
+    if path.name.startswith(FILE_NAME):
+        return _read_recorder(path)
+    return _read_lines(path, alerts)
+
+
+def _read_lines(path: Path, alerts: list[Alert]) -> Iterator[Point]:
     from probes.sinks.jsonl import SCHEMA_VERSION
 
     with path.open(encoding="utf-8") as file:
-        header = _parse(file.readline()) or {}
+        first_line = file.readline()
+        if not first_line.endswith("\n"):
+            return  # killed before anything was recorded
+        header = _parse(first_line)
         if header.get("schema") != "stability-probes" or header.get("schema_version", 0) > SCHEMA_VERSION:
             raise ValueError(
                 f"{path} must begin with the schema stability-probes, version {SCHEMA_VERSION} or older; "
                 f"got {header}."
             )
         for line in file:
+            # Empty: the line a killed process was writing; a later process may have gone on after it.
             fields = _parse(line)
-            # None: the line a killed process was writing; a later process may have gone on after it.
-            if fields is not None and fields.pop("type", None) == "record":
+            kind = fields.pop("type", None)
+            if kind == "record":
                 record = Record(**fields)
                 yield record.series.tag, record.step, float(record.value)
+            elif kind == "alert":
+                alerts.append(_alert(fields))
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _alert(fields: dict[str, Any]) -> Alert:
+    fields["value"] = float(fields["value"])
+    if fields["reference"] is not None:
+        fields["reference"] = float(fields["reference"])
+    fields["evidence"] = tuple((step, float(value)) for step, value in fields.get("evidence", ()))
+    for name in ("spread", "remedies"):
+        fields[name] = tuple(fields.get(name, ()))
+    return Alert(**fields)
+
+
+def _parse(line: str) -> dict[str, Any]:
     try:
-        return json.loads(line)
+        fields = json.loads(line)
     except json.JSONDecodeError:
-        return None
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
-def _read_events(path: Path) -> Iterator[Point]:
+def _read_recorder(path: Path) -> Iterator[Point]:
+    for records in read_steps(path):
+        for series, value in zip(records.series, records.values.tolist(), strict=True):
+            yield series.tag, records.step, value
+
+
+def _read_npz(path: Path) -> Iterator[Point]:
+    with np.load(path) as arrays:
+        tags = arrays["tags"].tolist()
+        rows = zip(*(arrays[name].tolist() for name in ("tag_indices", "steps", "values")), strict=True)
+        for index, step, value in rows:
+            yield tags[index], step, value
+
+
+def _read_events(path: Path, alerts: list[Alert]) -> Iterator[Point]:
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     for event in LegacyEventFileLoader(str(path)).Load():
         for value in event.summary.value:
             if value.HasField("simple_value"):
                 yield value.tag, event.step, value.simple_value
+            elif value.tag.startswith("alerts/"):
+                for text in value.tensor.string_val:
+                    alerts += [_alert(_parse(found)) for found in _ALERT.findall(text.decode())]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -96,6 +96,12 @@ class StepRecords(NamedTuple):
     series: tuple[Series, ...]
     values: np.ndarray
     standard_errors: np.ndarray
+
+    def without(self, series: Collection[Series]) -> StepRecords:
+        """The same step without some of its series."""
+        kept = [index for index, name in enumerate(self.series) if name not in series]
+        names = tuple(self.series[index] for index in kept)
+        return StepRecords(self.step, names, self.values[kept], self.standard_errors[kept])
 
     def records(self) -> Iterator[Record]:
         """Yields the step's records in the order they were measured."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from probes.activations import Activations
 from probes.attention_calls import AttentionCalls
 from probes.compiled_layers import CompiledLayers, What
-from probes.delivery import ProbeWarning
+from probes.failures import ProbeWarning
 from probes.grad_scaler import observe_grad_scaler
 from probes.layer_jacobians import measure_layer_jacobian
 from probes.layers import activation_layers, outermost_blocks, parameter_layers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class JsonLinesSink:
     The first line is ``{"schema": "stability-probes", "schema_version": 1}``. Each following line has a
     ``type``: "record" (the fields of :class:`~probes.Record`; defaults are left out) or "alert" (those of
     :class:`~stability.divergence.Alert`). JSON has no NaN: non-finite values are the strings "NaN",
-    "Infinity" and "-Infinity". Each step is flushed, so a dead process loses at most its last line.
+    "Infinity" and "-Infinity". Each step is flushed: a killed process loses at most the one it was writing.
 
     Args:
         path: The file; directories on the way are created, an existing file is continued.
@@ -33,39 +34,58 @@ class JsonLinesSink:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("ab")
+            self._begin()
         except OSError as error:
             raise OSError(f"cannot write records to {self.path}: {error}. Choose a writable path.") from error
-        if self._file.tell() == 0:
-            self._write_line({"schema": "stability-probes", "schema_version": SCHEMA_VERSION})
-        elif not self.path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")  # a killed process left half a line
 
     def write(self, records: StepRecords) -> None:
         """See :class:`~probes.sinks.Sink`."""
+        lines = []
         for record in records.records():
             line: dict[str, Any] = {"type": "record", **record._asdict()}
             for field, default in record._field_defaults.items():
                 if line[field] == default:
                     del line[field]
-            self._write_line(line)
+            lines.append(to_json(line) + "\n")
+        self._file.write("".join(lines).encode())
         self._file.flush()
 
     def write_alert(self, alert: Alert) -> None:
         """See :class:`~probes.sinks.Sink`."""
-        self._write_line({"type": "alert", **dataclasses.asdict(alert)})
+        line = {"type": "alert", **dataclasses.asdict(alert)}
+        self._file.write(f"{to_json(line)}\n".encode())
         self._file.flush()
 
     def close(self) -> None:
         """See :class:`~probes.sinks.Sink`."""
         self._file.close()
 
-    def _write_line(self, line: dict[str, Any]) -> None:
-        encoded = {key: _encode(value) for key, value in line.items()}
-        self._file.write(json.dumps(encoded, allow_nan=False, separators=(",", ":")) + "\n")
+    def _begin(self) -> None:
+        """Writes the header of a new file; ends the line that a killed process left half written."""
+        with self.path.open("rb") as file:
+            has_header = file.readline().endswith(b"\n")
+            file.seek(-1 if has_header else 0, os.SEEK_END)
+            is_cut_short = file.read() != b"\n"
+        if not has_header:
+            self._file.truncate(0)
+            header = {"schema": "stability-probes", "schema_version": SCHEMA_VERSION}
+            self._file.write(f"{to_json(header)}\n".encode())
+        elif is_cut_short:
+            self._file.write(b"\n")
+        self._file.flush()
+
+
+def to_json(fields: dict[str, Any]) -> str:
+    """One line of JSON, without NaN."""
+    return json.dumps(_encode(fields), allow_nan=False, separators=(",", ":"))
 
 
 def _encode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _encode(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return [_encode(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

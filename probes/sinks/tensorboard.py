@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probes.record import Series, StepRecords
+from probes.sinks.jsonl import to_json
 from stability.divergence import Alert
 
 if TYPE_CHECKING:
@@ -17,7 +19,8 @@ class TensorBoardSink:
     """Writes one event per recorded step, with a scalar ``quantity/layer`` for every record of a layer.
 
     Records of single heads are left out: hundreds of charts per quantity help nobody. NaN and infinity are
-    written as such; TensorBoard marks them on the curve.
+    written as such; TensorBoard marks them on the curve. An alert is a text and a marker, the scalar
+    ``alert/kind/layer``: 1 for a warning, 2 for divergence. A killed process loses at most the last second.
 
     Args:
         log_dir: Directory of this run; created if absent.
@@ -36,7 +39,7 @@ class TensorBoardSink:
         self._event, self._summary = Event, Summary
         try:
             self.log_dir.mkdir(parents=True, exist_ok=True)
-            self._writer = EventFileWriter(str(self.log_dir), flush_secs=5)
+            self._writer = EventFileWriter(str(self.log_dir), flush_secs=0.5)
         except OSError as error:
             raise OSError(
                 f"cannot write TensorBoard events to {self.log_dir}: {error}. Choose a writable log_dir."
@@ -55,8 +58,19 @@ class TensorBoardSink:
         """See :class:`~probes.sinks.Sink`."""
         from torch.utils.tensorboard.summary import text
 
-        self._add(alert.step, text("alerts", f"**{alert.severity}** in `{alert.layer}`: {alert.reason}"))
-        marker = self._summary.Value(tag=Series(alert.layer, "alert").tag, simple_value=1.0)
+        lines = [f"**{alert.severity}** in `{alert.layer}`: {alert.reason}"]
+        if alert.evidence:
+            evidence = ", ".join(f"{value:.4g} at {step}" for step, value in alert.evidence)
+            lines.append(f"{alert.quantity}: {evidence}")
+        if alert.spread:
+            lines.append(f"spread to {', '.join(f'`{layer}`' for layer in alert.spread)}")
+        lines += [f"* {remedy}" for remedy in alert.remedies]
+        # The page leaves comments out; probes.read finds the alert there. Two hyphens would end it.
+        fields = to_json(dataclasses.asdict(alert)).replace("--", "-\\u002d")
+        lines.append(f"<!-- {fields} -->")
+        self._add(alert.step, text("alerts", "\n\n".join(lines)))
+        tag = Series(alert.layer, f"alert/{alert.kind or alert.quantity}").tag
+        marker = self._summary.Value(tag=tag, simple_value=2.0 if alert.severity == "divergence" else 1.0)
         self._add(alert.step, self._summary(value=[marker]))
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,26 @@ from stability.divergence import Alert
 
 SERIES = (Series("a", "grad_norm"), Series("a", "attention/entropy", head=2, kind="estimate"))
 
+ALERT = Alert(
+    step=2,
+    layer="a",
+    quantity="grad_norm",
+    severity="divergence",
+    value=math.inf,
+    reference=None,
+    reason="its gradient --> holds inf ---.",
+    kind="non-finite",
+    onset_step=1,
+    evidence=((0, 0.1), (2, math.inf)),
+    spread=("b", "c"),
+    remedies=("clip",),
+)
+
 
 def write_three_steps(sink: Sink) -> None:
     for step, value in enumerate((0.1, math.nan, math.inf)):
         sink.write(StepRecords(step, SERIES, np.array([value, 2.0]), np.array([math.nan, 0.25])))
-    sink.write_alert(Alert(2, "a", "grad_norm", "divergence", math.inf, None, "its gradient holds inf."))
+    sink.write_alert(ALERT)
     sink.close()
 
 
@@ -51,10 +67,71 @@ def test_a_second_run_continues_a_json_lines_file(tmp_path: Path) -> None:
     assert probes.read(tmp_path)["grad_norm/a"].steps.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("sink_type", [JsonLinesSink, TensorBoardSink])
+def test_alerts_come_back_in_full(tmp_path: Path, sink_type: type) -> None:
+    write_three_steps(sink_type(tmp_path / "run.jsonl" if sink_type is JsonLinesSink else tmp_path))
+    assert probes.read(tmp_path).alerts == [ALERT]
+
+
+def test_alerts_of_an_older_file_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    JsonLinesSink(path).close()
+    fields = {"step": 3, "layer": "a", "quantity": "loss", "severity": "warning", "value": "NaN"}
+    line = json.dumps({"type": "alert", **fields, "reference": 1.0, "reason": "it rose."})
+    path.write_text(path.read_text() + line + "\n")
+    (alert,) = probes.read(path).alerts
+    assert (alert.step, alert.reference, alert.kind, alert.evidence) == (3, 1.0, "", ())
+    assert math.isnan(alert.value)
+
+
+def test_an_alert_in_tensorboard_is_text_with_evidence_and_remedies(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_three_steps(TensorBoardSink(tmp_path))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (event,) = events.Tensors("alerts/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    for words in ("**divergence** in `a`", "grad_norm: 0.1 at 0, inf at 2", "spread to `b`, `c`", "* clip"):
+        assert words in text
+
+
+@pytest.mark.parametrize("cut", ["", "{", '{"schema": "stability-pro'])
+def test_a_json_lines_file_killed_at_its_first_line_is_begun_anew(tmp_path: Path, cut: str) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text(cut)
+    assert probes.read(path) == {}
+    write_three_steps(JsonLinesSink(path))
+    assert probes.read(path)["grad_norm/a"].steps.tolist() == [0, 1, 2]
+
+
+def test_half_a_line_is_ended_by_the_next_process(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    write_three_steps(JsonLinesSink(path))
+    path.write_bytes(path.read_bytes()[:-5])
+    sink = JsonLinesSink(path)
+    sink.write(StepRecords(3, SERIES, np.ones(2), np.ones(2)))
+    sink.close()
+    assert probes.read(path)["grad_norm/a"].steps.tolist() == [0, 1, 2, 3]
+    assert probes.read(path).alerts == []
+
+
+def test_tensorboard_events_are_on_disk_within_a_second(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    for step in range(3):
+        sink.write(StepRecords(step, SERIES, np.ones(2), np.ones(2)))
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline and len(probes.read(tmp_path).get("grad_norm/a", ((),))[0]) < 3:
+        time.sleep(0.02)
+    assert probes.read(tmp_path)["grad_norm/a"].steps.tolist() == [0, 1, 2]
+    sink.close()
+
+
 def test_tensorboard_has_layers_and_leaves_out_heads(tmp_path: Path) -> None:
     write_three_steps(TensorBoardSink(tmp_path))
     series = probes.read(tmp_path)
-    assert set(series) == {"grad_norm/a", "alert/a"}
+    assert set(series) == {"grad_norm/a", "alert/non-finite/a"}
+    assert series["alert/non-finite/a"].steps.tolist() == [2]
+    assert series["alert/non-finite/a"].values.tolist() == [2.0]
     assert series["grad_norm/a"].steps.tolist() == [0, 1, 2]
     assert math.isnan(series["grad_norm/a"].values[1])
 
@@ -64,10 +141,10 @@ def test_a_file_cut_short_is_read_as_far_as_it_goes(tmp_path: Path, sink_type: t
     write_three_steps(sink_type(tmp_path / "run.jsonl" if sink_type is JsonLinesSink else tmp_path))
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
-    for size in range(len(whole) // 3, len(whole), 37):
+    for size in [*range(0, len(whole), 37), len(whole) - 1]:
         path.write_bytes(whole[:size])
         series = probes.read(tmp_path)
-        steps = series["grad_norm/a"].steps.tolist() if series else []
+        steps = series["grad_norm/a"].steps.tolist() if "grad_norm/a" in series else []
         assert steps == list(range(len(steps)))
 
 

@@ -1,0 +1,73 @@
+"""The detectors of one probe, and a step that they are made to forget."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from probes.failures import call_or_drop
+from stability.divergence import Alert, Detector, Readings
+
+# Their state is large, so it is not saved at every step: steps since then are judged again, which is exact.
+SAVE_EVERY = 16
+
+
+class Detection:
+    """Asks every detector; one that fails is dropped with a warning.
+
+    Args:
+        detectors: Who judges.
+        can_forget: Whether ``forget`` will be needed.
+    """
+
+    def __init__(self, detectors: Sequence[Detector], *, can_forget: bool) -> None:
+        self._detectors = list(detectors)
+        self._can_forget = can_forget
+        self._saved: list[tuple[Detector, dict[str, Any] | None]] = []
+        self._since: list[tuple[int, Readings]] = []
+
+    def update(self, step: int, readings: Readings) -> list[Alert]:
+        """The alerts of a step."""
+        if self._can_forget:
+            if not self._saved or len(self._since) == SAVE_EVERY:
+                detectors = list(self._detectors)
+                self._saved = [(d, call_or_drop(self._detectors, d, d.state_dict)) for d in detectors]
+                self._since = []
+            self._since.append((step, readings))
+        return self._judge(step, readings)
+
+    def forget(self) -> None:
+        """Takes the last step back: later verdicts are as if it had never been."""
+        self._since.pop()
+        for detector, state in self._saved:
+            if detector in self._detectors:
+                call_or_drop(self._detectors, detector, detector.load_state_dict, copy.deepcopy(state))
+        for step, readings in self._since:
+            self._judge(step, readings)  # these verdicts were given already
+
+    def state_dict(self) -> list[tuple[str, dict[str, Any]]]:
+        """Name and state of every detector."""
+        return [(type(detector).__name__, detector.state_dict()) for detector in self._detectors]
+
+    def load_state_dict(self, state: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        """Restores the detectors.
+
+        Raises:
+            ValueError: If they are not the ones the state was saved from.
+        """
+        saved = [name for name, _ in state]
+        present = [type(detector).__name__ for detector in self._detectors]
+        if saved != present:
+            raise ValueError(
+                f"the state is of the detectors {saved}; this probe has {present}. Attach with the same ones."
+            )
+        for detector, (_, detector_state) in zip(self._detectors, state, strict=True):
+            detector.load_state_dict(detector_state)
+        self._saved = []
+
+    def _judge(self, step: int, readings: Readings) -> list[Alert]:
+        alerts: list[Alert] = []
+        for detector in list(self._detectors):
+            alerts += call_or_drop(self._detectors, detector, detector.update, step, readings) or []
+        return alerts

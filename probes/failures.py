@@ -1,0 +1,31 @@
+"""What fails inside a probe is given up with one warning; the training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class ProbeWarning(UserWarning):
+    """Something could not be measured or written; the training goes on without it."""
+
+
+def call_or_drop(members: list[T], member: T, method: Callable[..., R], *arguments: object) -> R | None:
+    """Calls a method of a sink or detector; one that fails leaves ``members`` with a warning."""
+    try:
+        return method(*arguments)
+    except Exception as error:
+        members.remove(member)
+        with contextlib.suppress(Exception):  # a sink still holds a file, a mapping or a thread
+            getattr(member, "close", lambda: None)()
+        warnings.warn(
+            f"{type(member).__name__} failed and is dropped; training and recording go on: {error!r}",
+            ProbeWarning,
+            stacklevel=3,
+        )
+        return None

@@ -1,0 +1,158 @@
+"""What a report says."""
+
+from __future__ import annotations
+
+import math
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+from probes import incident_page
+from probes.incident_page import Incident, describe, html, markdown
+from probes.record import Series, StepRecords
+from stability.divergence import ALL_LAYERS, Alert
+
+ALERT = Alert(
+    step=30,
+    layer="blocks.2.fc1",
+    quantity="grad_norm",
+    severity="divergence",
+    value=5300.0,
+    reference=1.25,
+    reason="gradient norm 5.3e+03 is 4.2e+03 × its median of 1.25.",
+    kind="gradient-explosion",
+    onset_step=27,
+    evidence=((25, 1.2), (26, 1.3), (27, 14.0), (28, 201.0), (30, 5300.0)),
+    spread=("blocks.1.fc1", "blocks.0.fc1", "embedding", "head"),
+    remedies=("clip the gradient norm (1211.5063)", "longer warm-up (2309.14322)."),
+)
+LAYERS = ["embedding", *(f"blocks.{index}.fc1" for index in range(4)), "head"]
+
+
+def incident(**changes: Any) -> Incident:
+    series = (*(Series(layer, "grad_norm") for layer in reversed(LAYERS)), Series(ALL_LAYERS, "loss"))
+    steps = [
+        StepRecords(step, series, np.full(len(series), step + 1.0), np.full(len(series), math.nan))
+        for step in range(31)
+    ]
+    given = Incident(
+        kind="gradient-explosion",
+        step=30,
+        alert=ALERT,
+        alerts=[ALERT],
+        error=None,
+        layers=LAYERS,
+        steps=steps,
+        environment={"torch": "2.13", "directory": "/a b", "command": "python train.py --lr 1"},
+        checkpoint_step=20,
+        folder="/runs/incidents/step-000030",
+        files={"series.npz": "31 steps"},
+    )
+    return given._replace(**changes)
+
+
+def test_the_sentence_says_what_where_when_the_evidence_and_the_remedies() -> None:
+    assert incident().summary == (
+        "Gradient explosion (divergence) began in `blocks.2.fc1` at step 27: gradient norm 5.3e+03 is "
+        "4.2e+03 × its median of 1.25; grad_norm went 1.2, 1.3, 14, 201, 5300 over steps 25 to 30; it "
+        "spread to `blocks.1.fc1`, `blocks.0.fc1`, `embedding` and 1 more; what usually helps: clip the "
+        "gradient norm (1211.5063); longer warm-up (2309.14322)."
+    )
+
+
+def test_an_alert_with_the_least_there_can_be() -> None:
+    alert = Alert(3, ALL_LAYERS, "loss", "warning", math.nan, None, "the loss is NaN.")
+    assert describe(alert) == "loss (warning) began in the whole model at step 3: the loss is NaN"
+    assert html(incident(alert=alert, steps=[], alerts=[])).endswith("</html>\n")
+
+
+def test_the_end_of_a_training() -> None:
+    assert incident(kind="exit", step=40).summary.startswith(
+        "The training ended after step 40; gradient explosion (divergence) began in `blocks.2.fc1`"
+    )
+    assert incident(kind="KeyboardInterrupt", error=KeyboardInterrupt(), alert=None).summary == (
+        "KeyboardInterrupt ended the training in step 30; no alert came before."
+    )
+
+
+@pytest.mark.parametrize("render", [markdown, html])
+def test_both_pages_hold_the_same_facts(render: Any) -> None:
+    page = render(incident())
+    for fact in (
+        "blocks.2.fc1",
+        "1211.5063",
+        "201",
+        "5300",
+        "embedding",
+        "2.13",
+        "31 steps",
+        "loss per weight",
+    ):
+        assert fact in page
+    assert "cd '/a b' && python train.py --lr 1" in page.replace("&#x27;", "'").replace("&amp;", "&")
+    assert "with the checkpoint of step 20 loaded" in page
+
+
+def test_the_recipe_has_two_lines() -> None:
+    assert len(incident_page._recipe(incident())) == 2
+
+
+def test_the_page_is_well_formed() -> None:
+    class Checker(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.open: list[str] = []
+            self.num_maps = 0
+
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            self.num_maps += tag == "image"
+            if tag not in ("meta", "image", "rect", "polyline"):
+                self.open.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open.pop() == tag
+
+    checker = Checker()
+    hostile = ALERT.reason + ' <script>alert("x")</script> & | `'
+    page = html(incident(alert=Alert(30, "a<b>", "grad_norm", "warning", 1.0, None, hostile)))
+    for self_closed in ("/>",):
+        page = page.replace(self_closed, ">")
+    checker.feed(page)
+    assert checker.open == []
+    assert checker.num_maps == 1
+    assert "<script" not in page
+
+
+def test_layers_stand_in_the_order_of_the_forward_pass() -> None:
+    rows = incident_page._rows({name: {0: 1.0} for name in reversed(LAYERS)}, LAYERS, None)
+    assert rows == LAYERS
+
+
+def test_a_module_that_is_never_called_stands_with_its_parent() -> None:
+    order = ["a", "a.attention", "b"]
+    rows = incident_page._rows({name: {0: 1.0} for name in ("b", "a.attention.out_proj", "a")}, order, None)
+    assert rows == ["a", "a.attention.out_proj", "b"]
+
+
+def test_of_many_layers_the_alerts_own_are_always_shown() -> None:
+    layers = [f"blocks.{index}" for index in range(300)]
+    alert = Alert(0, "blocks.123", "q", "warning", 1.0, None, "", spread=("blocks.122", "blocks.299"))
+    rows = incident_page._rows({layer: {0: 1.0} for layer in layers}, layers, alert)
+    assert len(rows) == incident_page.MAX_ROWS
+    assert {"blocks.122", "blocks.123", "blocks.299"} < set(rows)
+    assert rows == sorted(rows, key=layers.index)
+
+
+def test_rows_that_are_nearly_empty_are_left_out_but_for_the_alerts() -> None:
+    by_layer = {"block": dict.fromkeys(range(10), 1.0), "a": {0: 1.0}, "b": {0: 1.0}}
+    alert = Alert(0, "b", "q", "warning", 1.0, None, "")
+    assert incident_page._rows(by_layer, ["block", "a", "b"], alert) == ["block", "b"]
+
+
+def test_it_stays_small_with_many_layers_and_steps() -> None:
+    series = tuple(Series(f"blocks.{index}", "grad_norm") for index in range(400))
+    values = np.random.default_rng(0).lognormal(size=(512, 400))
+    steps = [StepRecords(step, series, values[step], values[step]) for step in range(512)]
+    assert len(html(incident(steps=steps, alert=None))) < 200_000
