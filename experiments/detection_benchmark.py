@@ -16,20 +16,36 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments.command_line import positive_int, report_console
-from experiments.detection_recording import record
+from experiments.command_line import positive_int, report_console, run_facts, write_json
+from experiments.detection_recording import Recording, record
+from experiments.detection_report import (
+    HEADINGS,
+    Result,
+    cases,
+    draw_figure,
+    false_alarm_line,
+    markdown_table,
+    rows,
+    score_table,
+    summary,
+)
+from experiments.detection_scoring import Outcome, Verdict, clean_bands
 from experiments.detection_suite import Half, Run, suite
+from experiments.provenance import provenance
+from stability.divergence import Detector, default_detectors
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 DEFAULT_DIRECTORY = Path("runs/detection")
+VERDICT_LATENCY = 1  # a probe judges the numbers of a step when the next recorded step ends
 
 
 def recording_path(directory: Path, run: Run) -> Path:
@@ -61,6 +77,77 @@ def record_half(half: Half, directory: Path, console: Console) -> None:
             progress.advance(task, run.steps)
 
 
+def load_half(half: Half, directory: Path) -> dict[Run, Recording]:
+    """All recordings of a half.
+
+    Args:
+        half: Which.
+        directory: Of the recordings.
+
+    Raises:
+        FileNotFoundError: Some are missing; says how to make them.
+    """
+    runs = suite(half)
+    missing = sum(not recording_path(directory, run).exists() for run in runs)
+    if missing:
+        raise FileNotFoundError(
+            f"{missing} of {len(runs)} recordings are missing in {directory}; make them with "
+            f"`python -m experiments.detection_benchmark record --half {half} --out {directory}`."
+        )
+    return {run: Recording.load(recording_path(directory, run)) for run in runs}
+
+
+def judge(recordings: Mapping[Run, Recording], detectors: Callable[[], Sequence[Detector]]) -> Result:
+    """What detectors say of recorded runs.
+
+    Args:
+        recordings: Of a whole half.
+        detectors: Makes fresh ones for each run.
+    """
+    verdicts = {
+        run: tuple(
+            Verdict(alert.step, alert.step + VERDICT_LATENCY, alert.layer, str(alert))
+            for alert in recording.replay(detectors())
+        )
+        for run, recording in recordings.items()
+    }
+    pairs = {run.pair: recordings[run.pair].losses for run in recordings if run.fault is not None}
+    bands = clean_bands(pairs)
+    outcomes = [
+        Outcome(
+            run,
+            verdicts[run],
+            bands[run.setup].departure(recording.losses, pairs[run.pair], run.fault.step),
+        )
+        for run, recording in recordings.items()
+        if run.fault is not None
+    ]
+    clean = {run: verdicts[run] for run in recordings if run.fault is None}
+    return Result("stability-probes", outcomes, clean)
+
+
+def report(
+    result: Result, directory: Path, console: Console, *, facts: Mapping[str, Any], with_cases: bool
+) -> None:
+    """Prints a score and writes `score.json`, `score.md` and `score.png`.
+
+    Args:
+        result: What was scored.
+        directory: Where to write.
+        console: Shows the table.
+        facts: What to keep beside the scores.
+        with_cases: Whether to list every miss, wrong layer and false alarm.
+    """
+    console.print(score_table(result))
+    if with_cases:
+        console.print("\n".join(cases(result)), highlight=False, markup=False, soft_wrap=True)
+    write_json(directory / "score.json", {**facts, **summary(result)})
+    table = markdown_table(HEADINGS, rows(result))
+    (directory / "score.md").write_text(f"{table}\n{false_alarm_line(result)}\n", encoding="utf-8")
+    draw_figure(directory / "score.png", result)
+    console.print(f"Written: score.json, score.md and score.png in {directory}.", soft_wrap=True)
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags.
 
@@ -90,6 +177,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         )
         if name == "record":
             command.add_argument("--threads", type=positive_int, default=1, help="CPU threads (default 1)")
+        else:
+            command.add_argument(
+                "--cases", action="store_true", help="list every miss, wrong layer and false alarm"
+            )
     options = parser.parse_args(arguments)
     options.directory = options.directory or DEFAULT_DIRECTORY / options.half
     return options
@@ -106,10 +197,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse_arguments(arguments)
     console = report_console()
+    started = time.time()
     try:
         if options.command == "record":
             torch.set_num_threads(options.threads)
             record_half(options.half, options.directory, console)
+        else:
+            result = judge(load_half(options.half, options.directory), default_detectors)
+            facts = {
+                "half": options.half,
+                **run_facts("detection_benchmark", arguments, started),
+                **provenance("cpu"),
+            }
+            report(result, options.directory, console, facts=facts, with_cases=options.cases)
     except KeyboardInterrupt:
         console.print("Interrupted; the same command goes on where it stopped.")
         return 130

@@ -247,17 +247,19 @@ def noisy_labels(injector: Injector, fault: Fault, since: int, batch: Batch) -> 
 def corrupt_optimizer(injector: Injector, fault: Fault, since: int) -> None:
     """A layer's optimizer state is spoilt, once.
 
-    "second-moment": Adam's v × `strength`; "nan": one NaN in it; "momentum": SGD's buffer × `strength`.
+    "nan": one entry of Adam's second moment or SGD's momentum; "scaled": the second moment × `strength`, or the
+    momentum ÷ √`strength`, either of which makes the next updates too large.
     """
     if since:
         return
     for parameter in injector.layer.parameters(recurse=False):
         state = injector.optimizer.state[parameter]
-        buffer = state["exp_avg_sq"] if "exp_avg_sq" in state else state["momentum_buffer"]
+        is_adam = "exp_avg_sq" in state
+        buffer = state["exp_avg_sq" if is_adam else "momentum_buffer"]
         if fault.variant == "nan":
             buffer.view(-1)[0] = math.nan
         else:
-            buffer.mul_(fault.strength)
+            buffer.mul_(fault.strength if is_adam else fault.strength**-0.5)
 
 
 def overflow(injector: Injector, fault: Fault, since: int) -> None:

@@ -66,7 +66,7 @@ _FORMS: dict[str, dict[str, list[tuple[str, float]]]] = {
     "label-noise": {"tuning": [("", 0.7)], "scoring": [("", 0.6), ("", 0.8), ("", 1)]},
     "optimizer-state": {
         "tuning": [],
-        "scoring": [("scaled", 1e-6), ("scaled", 0), ("nan", 0)],
+        "scoring": [("scaled", 1e-6), ("scaled", 1e-3), ("nan", 0)],
     },
     "overflow": {
         "tuning": [("forward half", 2), ("backward half", 2)],
