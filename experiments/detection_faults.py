@@ -247,8 +247,8 @@ def noisy_labels(injector: Injector, fault: Fault, since: int, batch: Batch) -> 
 def corrupt_optimizer(injector: Injector, fault: Fault, since: int) -> None:
     """A layer's optimizer state is spoilt, once.
 
-    "nan": one entry of Adam's second moment or SGD's momentum; "scaled": the second moment × `strength`, or the
-    momentum ÷ √`strength`, either of which makes the next updates too large.
+    "nan": one entry of Adam's second moment or SGD's momentum; "scaled": the second moment × `strength`, or
+    the momentum ÷ √`strength`, either of which makes the next updates too large.
     """
     if since:
         return

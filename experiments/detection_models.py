@@ -274,7 +274,7 @@ SETUPS: dict[str, Setup] = {
     **{f"cnn-{n}-sgd": _cnn_setup(n, "sgd") for n in (3, 5)},
     "cnn-4-adamw": _cnn_setup(4, "adamw"),
     # The model of experiments/overhead_training.py, on short sequences.
-    "token-d256": _token_setup(TokenTransformerConfig(max_tokens=64), batch_size=2, learning_rate=5e-4),
+    "token-d256": _token_setup(TokenTransformerConfig(max_tokens=32), batch_size=4, learning_rate=5e-4),
 }
 """By name: family, number of layers, optimizer where it is not AdamW alone."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import cycle, islice, product
 from typing import Literal
 
@@ -175,7 +176,7 @@ def _fault_runs(half: Half, kind: str) -> list[Run]:
     generator.shuffle(combinations)
     runs: list[Run] = []
     for setup, (variant, strength) in islice(cycle(combinations), _num_runs(half, kind)):
-        layer = generator.choice(_candidates(setup, kind))
+        layer = generator.choice(_candidates(setup, KINDS[kind].sits_in))
         onset = 0 if kind == "initialisation" else generator.choice(ONSETS)
         fault = Fault(kind, variant, strength, layer, onset, seed=generator.randrange(2**31))
         seed = generator.choice(SIZES[half].seeds)
@@ -187,9 +188,10 @@ def _num_runs(half: Half, kind: str) -> int:
     return 0 if half == "tuning" and kind in SCORING_ONLY else SIZES[half].runs_per_kind
 
 
-def _candidates(setup: str, kind: str) -> list[str | None]:
+@cache
+def _candidates(setup: str, sits_in: str | None) -> list[str | None]:
     with torch.random.fork_rng():
-        return candidate_layers(SETUPS[setup].make_model(), KINDS[kind].sits_in)
+        return candidate_layers(SETUPS[setup].make_model(), sits_in)
 
 
 def _long_runs(half: Half, setups: list[str]) -> list[Run]:
