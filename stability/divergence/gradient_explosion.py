@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
-from collections import deque
-from collections.abc import Iterable
 from typing import Any
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings, Severity
+from stability.divergence.remedies import REMEDIES
+from stability.divergence.track import Track, from_states, origin, states
 
 _SEVERITIES: tuple[Severity, ...] = ("warning", "divergence")
+_GROWTH_STEPS = 8  # over how many steps the rate of growth is read
 
 
 class GradientExplosionDetector:
     """Alerts when a layer's gradient norm leaves its recent median by orders of magnitude.
 
-    A layer explodes when its norm reaches ``warning_ratio`` × the median of its last ``window`` calm steps;
-    from ``divergence_ratio`` on the alert says divergence. The median is robust: a single spike does not move
-    it, and exploding steps never enter it. Of the layers that cross in the same step, the one nearest to the
-    loss is named, since gradients grow on their way back from there. One alert per severity and episode; an
-    episode ends when every layer is back under ``warning_ratio``.
+    A norm g is out of range when log g exceeds the median of the layer's last ``window`` values by log
+    ``warning_ratio`` and by ``num_spreads`` of their spread; from ``divergence_ratio`` on the alert says
+    divergence. Values enter the history cut off at the threshold, so a spike does not move it and a new level
+    becomes the ordinary one after half a window. The layer is named that left its range first (half of the way,
+    on the logarithmic scale), of several the one nearest to the loss, since gradients grow on their way back from
+    there. One alert per severity and episode; an episode ends when every layer is back in its range.
 
     Args:
         warning_ratio: Norm over median that is worth a warning. Spikes of 10 × are ordinary in training
             without clipping (docs/results/), 100 × are not.
         divergence_ratio: Norm over median that counts as an explosion: the four orders of magnitude of
             arXiv 2604.27124.
-        window: Calm steps that the median covers.
-        min_history: Calm steps before the first verdict; the first steps' transient has no reference.
+        num_spreads: Robust standard deviations from the median, as for loss and gradient spikes in OLMo-core; it
+            matters for noisy or steadily growing norms, whose spread is wide.
+        window: Values that the median covers.
+        min_history: Values before the first verdict; the first steps' transient has no reference.
 
     Raises:
-        ValueError: If the ratios are not 1 < warning ≤ divergence, or the history is longer than the window.
+        ValueError: If the ratios are not 1 < warning ≤ divergence, ``num_spreads`` is negative, or the history is
+            longer than the window.
+
+    Source:
+        Robust statistics of the log norm: ZClip 2504.02507, AdaGC 2502.11034.
 
     Example:
         >>> detector = GradientExplosionDetector(min_history=3)
@@ -46,6 +53,7 @@ class GradientExplosionDetector:
         *,
         warning_ratio: float = 1e2,
         divergence_ratio: float = 1e4,
+        num_spreads: float = 6.0,
         window: int = 100,
         min_history: int = 20,
     ) -> None:
@@ -54,79 +62,81 @@ class GradientExplosionDetector:
                 "the ratios must obey 1 < warning_ratio <= divergence_ratio; "
                 f"got {warning_ratio} and {divergence_ratio}."
             )
+        if num_spreads < 0:
+            raise ValueError(f"num_spreads must be at least 0; got {num_spreads}.")
         if not 1 <= min_history <= window:
             raise ValueError(f"min_history must lie in [1, window={window}]; got {min_history}.")
-        self._thresholds = (math.log(warning_ratio), math.log(divergence_ratio))
+        self._warning = math.log(warning_ratio)
+        self._divergence = math.log(divergence_ratio)
+        self._num_spreads = num_spreads
         self._window = window
         self._min_history = min_history
-        self._history: dict[str, _RunningMedian] = {}
+        self._tracks: dict[str, Track] = {}
         self._reported = 0  # severities already reported in this episode
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
-        worst = num_judged = 0
-        origin: tuple[str, float, float] | None = None
+        judged: list[str] = []
+        level = 0
         for layer, norm in readings.get("grad_norm", {}).items():
             if layer == ALL_LAYERS or not 0 < norm < math.inf:
                 continue  # NonFiniteDetector speaks of these; a gradient of zero has no logarithm
-            history = self._history.get(layer)
-            if history is None:
-                history = self._history[layer] = _RunningMedian(self._window)
+            track = self._tracks.get(layer)
+            if track is None:
+                track = self._tracks[layer] = Track(self._window)
             log_norm = math.log(norm)
-            level = 0
-            if len(history) >= self._min_history:
-                reference = history.median()
-                num_judged += 1
-                level = sum(log_norm - reference >= threshold for threshold in self._thresholds)
-                if level and level >= worst:  # the last such layer is the one nearest to the loss
-                    worst, origin = level, (layer, norm, math.exp(reference))
-            if level == 0:
-                history.append(log_norm)
-        if origin is None:
-            if num_judged:  # a step without a finite gradient does not end an episode
+            if len(track.range) < self._min_history:
+                track.range.append(log_norm)
+                track.add(step, norm, 0.0)
+                continue
+            judged.append(layer)
+            median = track.range.median()
+            excess = log_norm - median
+            threshold = max(self._warning, self._num_spreads * track.range.spread())
+            track.range.append(min(log_norm, median + threshold))
+            track.add(step, norm, excess / threshold)
+            if excess >= threshold:
+                level = max(level, 2 if excess >= self._divergence else 1)
+        if not judged or level <= self._reported:
+            if judged and not any(self._tracks[layer].score >= 1 for layer in judged):
                 self._reported = 0
             return []
-        if worst <= self._reported:
-            return []
-        self._reported = worst
-        layer, norm, reference = origin
-        reason = f"gradient norm {norm:.3g} is {norm / reference:.3g} × its median of {reference:.3g}."
-        return [Alert(step, layer, "grad_norm", _SEVERITIES[worst - 1], norm, reference, reason)]
+        self._reported = level
+        return [self._alert(step, judged, _SEVERITIES[level - 1])]
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
-        history = {layer: list(median.values) for layer, median in self._history.items()}
-        return {"history": history, "reported": self._reported}
+        return {"tracks": states(self._tracks), "reported": self._reported}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
-        self._history = {
-            layer: _RunningMedian(self._window, values) for layer, values in state["history"].items()
-        }
+        self._tracks = from_states(self._window, state["tracks"])
         self._reported = state["reported"]
 
-
-class _RunningMedian:
-    """Median of the last values; in sorted order too, since it is asked for at every step and layer."""
-
-    def __init__(self, window: int, values: Iterable[float] = ()) -> None:
-        self.values: deque[float] = deque()
-        self._window = window
-        self._sorted: list[float] = []
-        for value in values:
-            self.append(value)
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def append(self, value: float) -> None:
-        if len(self.values) == self._window:
-            del self._sorted[bisect_left(self._sorted, self.values.popleft())]
-        self.values.append(value)
-        insort(self._sorted, value)
-
-    def median(self) -> float:
-        middle = len(self._sorted) // 2
-        if len(self._sorted) % 2:
-            return self._sorted[middle]
-        return (self._sorted[middle - 1] + self._sorted[middle]) / 2
+    def _alert(self, step: int, layers: list[str], severity: Severity) -> Alert:
+        layer, spread = origin(self._tracks, layers, ties="last")
+        track = self._tracks[layer]
+        norm, reference = track.recent[-1][1], math.exp(track.range.median())
+        reason = f"gradient norm {norm:.3g} is {norm / reference:.3g} × its median of {reference:.3g}"
+        points = list(track.recent)[-_GROWTH_STEPS:]
+        growth = (math.log(points[-1][1]) - math.log(points[0][1])) / max(1, points[-1][0] - points[0][0])
+        missing = self._divergence - math.log(norm / reference)
+        if severity == "warning" and growth > 0 < missing:
+            reason += (
+                f"; it grows by {math.expm1(growth):.0%} a step and reaches {math.exp(self._divergence):.0e} × "
+                f"in about {math.ceil(missing / growth)} steps"
+            )
+        return Alert(
+            step,
+            layer,
+            "grad_norm",
+            severity,
+            norm,
+            reference,
+            reason + ".",
+            kind="gradient-explosion",
+            onset_step=track.onset,
+            evidence=tuple(track.recent),
+            spread=spread,
+            remedies=REMEDIES["gradient-explosion"],
+        )

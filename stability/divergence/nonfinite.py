@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings
+from stability.divergence.remedies import REMEDIES
+from stability.divergence.track import MAX_EVIDENCE
 
-# In the order of cause: a broken weight breaks the output, that breaks every gradient behind it.
-# Values run forward through the layers, gradients backward: which end of the list is the origin follows.
-_FIRST_LAYER = ("weight_norm", "attention/max_logit", "activation_rms", "loss")
-_LAST_LAYER = ("activation_grad_norm", "grad_norm")
+# In the order of cause: a broken weight breaks the output, that breaks every gradient behind it, and those the next
+# update. Values run forward through the layers, gradients backward: which end of the list is the origin follows.
+_FIRST_LAYER = ("weight_norm", "attention/max_logit", "activation_rms", "activation_max_abs")
+_LOSS = "loss"
+_LAST_LAYER = ("activation_grad_norm", "grad_norm", "adam_update_rms", "update_ratio")
 _WHAT = {
     "weight_norm": "its weights hold",
     "attention/max_logit": "its attention logits hold",
     "activation_rms": "its output holds",
-    "loss": "the loss is",
+    "activation_max_abs": "its output holds",
+    _LOSS: "the loss is",
     "activation_grad_norm": "the gradient at its output holds",
     "grad_norm": "its gradient holds",
+    "adam_update_rms": "its optimizer state holds",
+    "update_ratio": "its update holds",
 }
 
 
 class NonFiniteDetector:
-    """Divergence as soon as a weight, an output, the loss or a gradient is not finite.
+    """Divergence as soon as a weight, an output, the loss, a gradient or an update is not finite.
 
     There is no threshold. Of all layers that are not finite in the same step the origin is named: the first
     in the forward pass for weights and outputs, the last one (where the backward pass enters) for gradients.
-    One alert per episode; a finite step ends it. Gradients of a step that a GradScaler skipped do not count:
-    it tries again with a smaller scale.
+    A step in which every gradient is broken was broken before its backward pass began, by the batch or between two
+    layers; unless an output says where, the first layer is named. One alert per episode; a finite step ends it.
+
+    Gradients of a step that a GradScaler skipped do not count, since it tries again with a smaller scale, until it
+    has skipped ``max_skipped`` steps in a row.
+
+    Args:
+        max_skipped: Skipped steps in a row that are ordinary. A GradScaler starts at 2¹⁶ and halves its scale with
+            every step it skips: after 16 the scale is 1 and no longer the reason.
+
+    Raises:
+        ValueError: If ``max_skipped`` is negative.
 
     Example:
         >>> detector = NonFiniteDetector()
@@ -38,11 +55,23 @@ class NonFiniteDetector:
         ('b', 'divergence')
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_skipped: int = 16) -> None:
+        if max_skipped < 0:
+            raise ValueError(f"max_skipped must be at least 0; got {max_skipped}.")
+        self._max_skipped = max_skipped
+        self._num_skipped = 0
         self._in_episode = False
+        self._recent: dict[str, deque[tuple[int, Mapping[str, float]]]] = {}
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
+        for quantity in _WHAT:
+            if quantity in readings:
+                recent = self._recent.setdefault(quantity, deque(maxlen=MAX_EVIDENCE // 2))
+                recent.append((step, readings[quantity]))
+        if "skipped_step" in readings:
+            is_skipped = readings["skipped_step"].get(ALL_LAYERS, 0.0) > 0
+            self._num_skipped = self._num_skipped + 1 if is_skipped else 0
         alert = self._find(step, readings)
         begins = alert is not None and not self._in_episode
         self._in_episode = alert is not None
@@ -50,25 +79,75 @@ class NonFiniteDetector:
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
-        return {"in_episode": self._in_episode}
+        return {
+            "in_episode": self._in_episode,
+            "num_skipped": self._num_skipped,
+            "recent": {
+                quantity: [[step, dict(values)] for step, values in recent]
+                for quantity, recent in self._recent.items()
+            },
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
         self._in_episode = state["in_episode"]
+        self._num_skipped = state["num_skipped"]
+        self._recent = {
+            quantity: deque(((step, values) for step, values in recent), maxlen=MAX_EVIDENCE // 2)
+            for quantity, recent in state["recent"].items()
+        }
 
     def _find(self, step: int, readings: Readings) -> Alert | None:
-        is_skipped = readings.get("skipped_step", {}).get(ALL_LAYERS, 0.0) > 0
-        for quantity in _FIRST_LAYER + (() if is_skipped else _LAST_LAYER):
-            values: Mapping[str, float] = readings.get(quantity, {})
-            broken = [(layer, value) for layer, value in values.items() if not math.isfinite(value)]
-            if quantity == "attention/max_logit":  # −inf: no row had a key
-                broken = [(layer, value) for layer, value in broken if value != -math.inf]
+        is_excused = 0 < self._num_skipped <= self._max_skipped
+        quantities = (*_FIRST_LAYER, _LOSS, *(() if is_excused else _LAST_LAYER))
+        for quantity in quantities:
+            values = readings.get(quantity, {})
+            # Their sum is the cheapest look at many numbers; an overflow of finite ones is found out below.
+            if math.isfinite(sum(values.values())):
+                continue
+            broken = [layer for layer, value in values.items() if not _is_fine(quantity, value)]
             # The whole model's value names no layer; it counts where nothing more precise is recorded.
-            layer_known = [item for item in broken if item[0] != ALL_LAYERS] or broken
-            if layer_known:
-                layer, value = layer_known[0 if quantity in _FIRST_LAYER else -1]
-                reason = (
-                    f"{_WHAT[quantity]} {value} ({quantity}); {len(layer_known)} of {len(values)} layers."
-                )
-                return Alert(step, layer, quantity, "divergence", value, None, reason)
+            layers = [layer for layer in values if layer != ALL_LAYERS] or [ALL_LAYERS]
+            broken = [layer for layer in broken if layer in layers] or broken
+            if not broken:
+                continue
+            layer = broken[0 if quantity in _FIRST_LAYER or len(broken) == len(layers) else -1]
+            how_many = f"{len(broken)} of {len(layers)} layers"
+            if quantity == _LOSS and not is_excused:
+                layer, how_many = self._where_all_gradients_broke(readings)
+            value = values.get(layer, values.get(ALL_LAYERS, math.nan))
+            return self._alert(step, layer, quantity, value, broken, how_many)
         return None
+
+    def _where_all_gradients_broke(self, readings: Readings) -> tuple[str, str]:
+        gradients = {k: v for k, v in readings.get("grad_norm", {}).items() if k != ALL_LAYERS}
+        broken = [layer for layer, norm in gradients.items() if not math.isfinite(norm)]
+        if broken and len(broken) == len(gradients):
+            return broken[0], "and every layer's gradient with it: the batch, or a value between layers"
+        return ALL_LAYERS, "the gradients are finite" if gradients else "no gradients are recorded"
+
+    def _alert(
+        self, step: int, layer: str, quantity: str, value: float, broken: list[str], how_many: str
+    ) -> Alert:
+        evidence = tuple(
+            (at, values[layer]) for at, values in self._recent.get(quantity, ()) if layer in values
+        )
+        return Alert(
+            step,
+            layer,
+            quantity,
+            "divergence",
+            value,
+            None,
+            f"{_WHAT[quantity]} {value} ({quantity}); {how_many}.",
+            kind="non-finite",
+            onset_step=step,
+            evidence=evidence,
+            spread=tuple(name for name in broken if name != layer),
+            remedies=REMEDIES["non-finite"],
+        )
+
+
+def _is_fine(quantity: str, value: float) -> bool:
+    # A largest logit of −inf: no row had a key.
+    return math.isfinite(value) or (quantity == "attention/max_logit" and value == -math.inf)

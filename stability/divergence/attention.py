@@ -1,0 +1,112 @@
+"""Attention that sharpens, saturates or couples as it should not: one detector per quantity.
+
+They read what a probe records of attention calls, every tenth step by default. Limits come from the literature where
+it has one; all are checked against the clean runs in docs/detectors.md.
+"""
+
+from __future__ import annotations
+
+from stability.divergence.quantity_range import QuantityRangeDetector
+
+
+def logit_growth_detector(*, limit: float = 50.0, ratio: float = 3.0) -> QuantityRangeDetector:
+    """Attention logits that have grown large, which precedes loss spikes.
+
+    Args:
+        limit: Largest logit. QK-Clip (2507.20534) acts at 100; clean runs stay under 25.
+        ratio: Largest logit over its median.
+
+    Source:
+        Wortsman et al. 2309.14322; Dehghani et al. 2302.05442.
+    """
+    return QuantityRangeDetector(
+        "attention/max_logit", "logit-growth", "attention logits have grown large", limit=limit, ratio=ratio
+    )
+
+
+def entropy_collapse_detector(*, limit: float = 0.5, ratio: float = 2.5) -> QuantityRangeDetector:
+    """Attention rows that have come down to a single key.
+
+    Args:
+        limit: Mean entropy of a row in nats; 0.69 is two keys with equal weights.
+        ratio: Median entropy over entropy.
+
+    Source:
+        Zhai et al. 2303.06296, who tie low attention entropy to divergence.
+    """
+    return QuantityRangeDetector(
+        "attention/entropy",
+        "entropy-collapse",
+        "attention has collapsed to few keys",
+        bad="small",
+        limit=limit,
+        ratio=ratio,
+    )
+
+
+def saturation_detector(*, limit: float = 0.7, ratio: float = 1.5) -> QuantityRangeDetector:
+    """Sigmoid weights that have saturated, whose derivative is gone.
+
+    Args:
+        limit: Share of weights above 0.99.
+        ratio: Share over its median.
+
+    Source:
+        Ramapuram et al. 2409.04431; 2604.27124. The limit is calibrated.
+    """
+    return QuantityRangeDetector(
+        "attention/saturated_share", "saturation", "sigmoid attention saturates", limit=limit, ratio=ratio
+    )
+
+
+def row_sum_growth_detector(*, limit: float = 16.0, ratio: float = 8.0) -> QuantityRangeDetector:
+    """Rows of sigmoid weights whose sum has left that of softmax, 1, far behind.
+
+    Args:
+        limit: Mean sum of a row.
+        ratio: Sum over its median.
+
+    Source:
+        Large attention norms are what hurts sigmoid attention: Ramapuram et al. 2409.04431. Calibrated.
+    """
+    return QuantityRangeDetector(
+        "attention/row_sum", "row-sum-growth", "sigmoid attention's rows have grown", limit=limit, ratio=ratio
+    )
+
+
+def jacobian_growth_detector(*, limit: float = 1.0, ratio: float = 4.0) -> QuantityRangeDetector:
+    """Row Jacobians ∂weights/∂logits that pass on more than softmax's ever can.
+
+    Args:
+        limit: Frobenius norm; that of softmax is at most √½ ≈ 0.71, that of sigmoid √n/4.
+        ratio: Norm over its median.
+
+    Source:
+        docs/science.md; 2604.27124.
+    """
+    return QuantityRangeDetector(
+        "attention/jacobian_frobenius",
+        "jacobian-growth",
+        "attention's row Jacobian has grown",
+        limit=limit,
+        ratio=ratio,
+    )
+
+
+def dense_coupling_detector(*, limit: float = 0.45, ratio: float = 3.0) -> QuantityRangeDetector:
+    """Softmax rows that have become a contest of two keys, each coupled to the other as densely as can be.
+
+    Args:
+        limit: Share of the row Jacobian's energy off the diagonal; two equal keys have 0.5.
+        ratio: Share over its median.
+
+    Source:
+        docs/science.md; 2604.27124. The limit is calibrated.
+    """
+    return QuantityRangeDetector(
+        "attention/off_diagonal_share",
+        "dense-coupling",
+        "attention's keys have become densely coupled",
+        limit=limit,
+        ratio=ratio,
+    )

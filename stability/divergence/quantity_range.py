@@ -1,0 +1,130 @@
+"""One quantity against an absolute limit and its own history: what most detectors of sparse quantities do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from stability.divergence.detector import ALL_LAYERS, Alert, Readings
+from stability.divergence.remedies import REMEDIES
+from stability.divergence.track import Track, from_states, origin, states
+
+_TINY = 1e-12  # a share or an entropy of zero has no logarithm
+
+
+class QuantityRangeDetector:
+    """Alerts when a quantity passes a limit *and* is far from what it has been in that layer.
+
+    Both are needed: the limit comes from the literature and knows nothing of this model, the history knows nothing
+    of what is healthy (attention sharpens by orders of magnitude while a model learns). On a logarithmic scale a
+    value is out of its range when it is beyond the median of the last ``window`` values by log ``ratio``; values enter
+    the history cut off there. Named is the layer that left its range first, be it within the limit, of several the
+    first in the forward pass. One alert an episode, which ends when every layer is back.
+
+    Args:
+        quantity: Which.
+        kind: Of its alerts.
+        meaning: What it means, for the reason.
+        bad: Whether large or small values are.
+        limit: Value beyond which the quantity is worth a word.
+        ratio: Value over median (or median over value, where small values are bad), above 1.
+        window: Values that the median covers.
+        min_history: Values before the first verdict.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> detector = QuantityRangeDetector("temperature", "fever", "it is hot", limit=39.0, ratio=1.02)
+        >>> values = [37.0, 37.1, 36.9, 37.0, 39.5]
+        >>> alerts = [detector.update(i, {"temperature": {"a": value}}) for i, value in enumerate(values)]
+        >>> alerts[-1][0].reason
+        'it is hot: temperature 39.5, where 37 is its median (limit 39).'
+    """
+
+    def __init__(
+        self,
+        quantity: str,
+        kind: str,
+        meaning: str,
+        *,
+        bad: Literal["large", "small"] = "large",
+        limit: float,
+        ratio: float,
+        window: int = 50,
+        min_history: int = 3,
+    ) -> None:
+        if limit <= 0:
+            raise ValueError(f"limit must be positive; got {limit}.")
+        if ratio <= 1:
+            raise ValueError(f"ratio must be above 1; got {ratio}.")
+        if not 1 <= min_history <= window:
+            raise ValueError(f"min_history must lie in [1, window={window}]; got {min_history}.")
+        self._quantity = quantity
+        self._kind = kind
+        self._meaning = meaning
+        self._limit = limit
+        self._ratio = math.log(ratio)
+        self._window = window
+        self._min_history = min_history
+        self._sign = 1 if bad == "large" else -1
+        self._tracks: dict[str, Track] = {}
+        self._is_reported = False
+
+    def update(self, step: int, readings: Readings) -> list[Alert]:
+        """See :class:`~stability.divergence.Detector`."""
+        judged: list[str] = []
+        for layer, value in readings.get(self._quantity, {}).items():
+            if layer == ALL_LAYERS or not 0 <= value < math.inf:
+                continue
+            track = self._tracks.get(layer)
+            if track is None:
+                track = self._tracks[layer] = Track(self._window)
+            height = self._sign * math.log(max(value, _TINY))
+            score = 0.0
+            if len(track.range) >= self._min_history:
+                judged.append(layer)
+                median = track.range.median()
+                score = (height - median) / self._ratio
+                height = min(height, median + self._ratio)
+                if self._sign * value < self._sign * self._limit:
+                    score = min(score, _WITHIN_LIMIT)
+            track.range.append(height)
+            track.add(step, value, score)
+        if not judged:
+            return []
+        is_out = any(self._tracks[layer].score >= 1 for layer in judged)
+        begins, self._is_reported = is_out and not self._is_reported, is_out
+        return [self._alert(step, judged)] if begins else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`~stability.divergence.Detector`."""
+        return {"tracks": states(self._tracks), "is_reported": self._is_reported}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :class:`~stability.divergence.Detector`."""
+        self._tracks = from_states(self._window, state["tracks"])
+        self._is_reported = state["is_reported"]
+
+    def _alert(self, step: int, layers: list[str]) -> Alert:
+        layer, spread = origin(self._tracks, layers, ties="first")
+        track = self._tracks[layer]
+        value, reference = track.recent[-1][1], math.exp(self._sign * track.range.median())
+        return Alert(
+            step,
+            layer,
+            self._quantity,
+            "warning",
+            value,
+            reference,
+            f"{self._meaning}: {self._quantity} {value:.3g}, where {reference:.3g} is its median "
+            f"(limit {self._limit:g}).",
+            kind=self._kind,
+            onset_step=track.onset,
+            evidence=tuple(track.recent),
+            spread=spread,
+            remedies=REMEDIES.get(self._kind, ()),
+        )
+
+
+_WITHIN_LIMIT = 0.99  # out of its own range perhaps, but not worth a word yet

@@ -1,0 +1,143 @@
+"""Layers whose gradient is gone while others still learn."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from stability.divergence.detector import ALL_LAYERS, Alert, Readings
+from stability.divergence.remedies import REMEDIES
+from stability.divergence.track import Track, from_states, origin, states
+
+_ALIVE = math.log(10)
+
+
+class VanishingGradientDetector:
+    """Alerts when a layer's gradient norm falls to nothing, or by orders of magnitude, while others keep theirs.
+
+    A layer is dead ("dead-layer") when its gradient is exactly zero for ``num_steps`` steps in a row, and vanishing
+    ("vanishing-gradient") when it is below the median of its last ``window`` values by ``ratio`` and by
+    ``num_spreads`` of their spread for as long; both only while at least one other layer's is within a factor 10 of
+    its own median, because a training that has learned everything has small gradients everywhere. Of several layers
+    that go at the same step the last in the forward pass is named: what dies there, dies before it too.
+
+    Args:
+        ratio: Median over norm that counts as vanished.
+        num_spreads: Robust standard deviations under the median.
+        num_steps: Steps in a row before the verdict; a single batch may leave a layer out (experts, rare tokens).
+        window: Values that the median covers.
+        min_history: Values before the first verdict on a vanishing gradient.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Source:
+        Dying ReLU: Lu et al. 1903.06733. The thresholds are calibrated (docs/detectors.md).
+
+    Example:
+        >>> detector = VanishingGradientDetector(num_steps=2, min_history=3)
+        >>> for step in range(4):
+        ...     assert not detector.update(step, {"grad_norm": {"a": 1.0, "b": 1.0}})
+        >>> detector.update(4, {"grad_norm": {"a": 0.0, "b": 1.0}})
+        []
+        >>> [alert] = detector.update(5, {"grad_norm": {"a": 0.0, "b": 1.0}})
+        >>> alert.layer, alert.kind, alert.onset_step
+        ('a', 'dead-layer', 4)
+    """
+
+    def __init__(
+        self,
+        *,
+        ratio: float = 1e3,
+        num_spreads: float = 6.0,
+        num_steps: int = 5,
+        window: int = 100,
+        min_history: int = 20,
+    ) -> None:
+        if not ratio > 10:
+            raise ValueError(f"ratio must be above 10, within which a layer counts as alive; got {ratio}.")
+        if num_spreads < 0 or num_steps < 1:
+            raise ValueError(
+                f"num_spreads must be at least 0 and num_steps at least 1; got {num_spreads} and {num_steps}."
+            )
+        if not 1 <= min_history <= window:
+            raise ValueError(f"min_history must lie in [1, window={window}]; got {min_history}.")
+        self._ratio = math.log(ratio)
+        self._num_spreads = num_spreads
+        self._num_steps = num_steps
+        self._window = window
+        self._min_history = min_history
+        self._tracks: dict[str, Track] = {}
+        self._num_gone: dict[str, int] = {}  # steps in a row, by layer
+        self._is_reported = False
+
+    def update(self, step: int, readings: Readings) -> list[Alert]:
+        """See :class:`~stability.divergence.Detector`."""
+        layers: list[str] = []
+        is_any_alive = False
+        for layer, norm in readings.get("grad_norm", {}).items():
+            if layer == ALL_LAYERS or not norm < math.inf:
+                continue
+            layers.append(layer)
+            track = self._tracks.get(layer)
+            if track is None:
+                track = self._tracks[layer] = Track(self._window)
+            score = 0.0
+            if norm == 0:
+                score = math.inf
+            else:
+                log_norm = math.log(norm)
+                if len(track.range) >= self._min_history:
+                    median = track.range.median()
+                    threshold = max(self._ratio, self._num_spreads * track.range.spread())
+                    score = (median - log_norm) / threshold
+                    log_norm = max(log_norm, median - threshold)
+                    is_any_alive |= median - log_norm < _ALIVE
+                track.range.append(log_norm)
+            track.add(step, norm, score)
+            self._num_gone[layer] = self._num_gone.get(layer, 0) + 1 if score >= 1 else 0
+        gone = [layer for layer in layers if self._num_gone[layer] >= self._num_steps]
+        if not layers:
+            return []
+        is_fault = bool(gone) and (is_any_alive or self._is_reported)
+        begins, self._is_reported = is_fault and not self._is_reported, is_fault
+        return [self._alert(step, gone, len(layers))] if begins else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`~stability.divergence.Detector`."""
+        return {
+            "tracks": states(self._tracks),
+            "num_gone": dict(self._num_gone),
+            "is_reported": self._is_reported,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :class:`~stability.divergence.Detector`."""
+        self._tracks = from_states(self._window, state["tracks"])
+        self._num_gone = dict(state["num_gone"])
+        self._is_reported = state["is_reported"]
+
+    def _alert(self, step: int, gone: list[str], num_layers: int) -> Alert:
+        layer, spread = origin(self._tracks, gone, ties="last")
+        track = self._tracks[layer]
+        norm = track.recent[-1][1]
+        reference = math.exp(track.range.median()) if len(track.range) else None
+        if norm == 0:
+            what = f"its gradient has been zero since step {track.onset}"
+        else:
+            what = f"its gradient norm {norm:.3g} is {norm / (reference or norm):.1g} × its median"
+        kind = "dead-layer" if norm == 0 else "vanishing-gradient"
+        return Alert(
+            step,
+            layer,
+            "grad_norm",
+            "warning",
+            norm,
+            reference,
+            f"{what}, while other layers still learn; {len(gone)} of {num_layers} layers.",
+            kind=kind,
+            onset_step=track.onset,
+            evidence=tuple(track.recent),
+            spread=spread,
+            remedies=REMEDIES[kind],
+        )
