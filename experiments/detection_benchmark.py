@@ -8,6 +8,7 @@ and data and long clean runs under several schedules. `record` trains and keeps 
     python -m experiments.detection_benchmark score --half tuning
     python -m experiments.detection_benchmark record --half scoring      # about 25 minutes; can be resumed
     python -m experiments.detection_benchmark score --half scoring
+    python -m experiments.detection_benchmark peers --half scoring       # experiments/detection_peers.py
 
 One file a run; those that exist are kept. Rules and results: docs/detection.md.
 """
@@ -15,34 +16,44 @@ One file a run; those that exist are kept. Rules and results: docs/detection.md.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from experiments.command_line import positive_int, report_console, run_facts, write_json
+from experiments.detection_peers import installed_peers, peer_runs, peer_verdicts
 from experiments.detection_recording import Recording, record
 from experiments.detection_report import (
     HEADINGS,
+    TOOL_HEADINGS,
     Result,
     cases,
     draw_figure,
     false_alarm_line,
     markdown_table,
+    result_of,
     rows,
     score_table,
     summary,
+    tools_rows,
+    tools_table,
 )
-from experiments.detection_scoring import Outcome, Verdict, clean_bands
+from experiments.detection_scoring import Verdict, departures
 from experiments.detection_suite import Half, Run, suite
 from experiments.provenance import provenance
 from stability.divergence import Detector, default_detectors
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 DEFAULT_DIRECTORY = Path("runs/detection")
 VERDICT_LATENCY = 1  # a probe judges the numbers of a step when the next recorded step ends
@@ -51,6 +62,14 @@ VERDICT_LATENCY = 1  # a probe judges the numbers of a step when the next record
 def recording_path(directory: Path, run: Run) -> Path:
     """Where the recording of a run lies."""
     return directory / f"{run.name}.npz"
+
+
+def step_progress(console: Console) -> Progress:
+    """A bar with count and remaining time."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, speed_estimate_period=120)
 
 
 def record_half(half: Half, directory: Path, console: Console) -> None:
@@ -64,12 +83,9 @@ def record_half(half: Half, directory: Path, console: Console) -> None:
     Raises:
         OSError: `directory` cannot be written.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     directory.mkdir(parents=True, exist_ok=True)
     missing = [run for run in suite(half) if not recording_path(directory, run).exists()]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, speed_estimate_period=120) as progress:
+    with step_progress(console) as progress:
         task = progress.add_task(f"{len(missing)} runs, steps", total=sum(run.steps for run in missing))
         for run in missing:
             recording, _ = record(run)
@@ -97,33 +113,25 @@ def load_half(half: Half, directory: Path) -> dict[Run, Recording]:
     return {run: Recording.load(recording_path(directory, run)) for run in runs}
 
 
-def judge(recordings: Mapping[Run, Recording], detectors: Callable[[], Sequence[Detector]]) -> Result:
+def judge(
+    recordings: Mapping[Run, Recording],
+    detectors: Callable[[], Sequence[Detector]] = default_detectors,
+    without: Collection[str] = (),
+) -> dict[Run, list[Verdict]]:
     """What detectors say of recorded runs.
 
     Args:
-        recordings: Of a whole half.
+        recordings: The runs.
         detectors: Makes fresh ones for each run.
+        without: Quantities that are withheld from them.
     """
-    verdicts = {
-        run: tuple(
+    return {
+        run: [
             Verdict(alert.step, alert.step + VERDICT_LATENCY, alert.layer, str(alert))
-            for alert in recording.replay(detectors())
-        )
+            for alert in recording.replay(detectors(), without)
+        ]
         for run, recording in recordings.items()
     }
-    pairs = {run.pair: recordings[run.pair].losses for run in recordings if run.fault is not None}
-    bands = clean_bands(pairs)
-    outcomes = [
-        Outcome(
-            run,
-            verdicts[run],
-            bands[run.setup].departure(recording.losses, pairs[run.pair], run.fault.step),
-        )
-        for run, recording in recordings.items()
-        if run.fault is not None
-    ]
-    clean = {run: verdicts[run] for run in recordings if run.fault is None}
-    return Result("stability-probes", outcomes, clean)
 
 
 def report(
@@ -148,6 +156,53 @@ def report(
     console.print(f"Written: score.json, score.md and score.png in {directory}.", soft_wrap=True)
 
 
+def compare_peers(
+    half: Half, directory: Path, console: Console, facts: Callable[[], Mapping[str, Any]]
+) -> None:
+    """Runs other tools on some runs of a recorded half; prints and writes `peers.json` and `peers.md`.
+
+    Args:
+        half: Which.
+        directory: Of the recordings; what peers said is kept in `peers` there.
+        console: Shows progress and table.
+        facts: Answers with what to keep beside the scores.
+
+    Raises:
+        FileNotFoundError: Recordings are missing.
+    """
+    recordings = load_half(half, directory)
+    losses = {run: recording.losses for run, recording in recordings.items()}
+    when_lost = departures(losses)
+    runs = peer_runs(suite(half))
+    results = [result_of("stability-probes", judge({run: recordings[run] for run in runs}), when_lost)]
+    packages, reasons = installed_peers()
+    (directory / "peers").mkdir(exist_ok=True)
+    with step_progress(console) as progress:
+        task = progress.add_task("peers, runs", total=len(packages) * len(runs))
+        for name, package in packages.items():
+            verdicts = {}
+            for run in runs:
+                path = directory / "peers" / f"{name}_{run.name}.json"
+                if not path.exists():
+                    said = peer_verdicts(name, package, run)
+                    path.write_text(json.dumps([asdict(verdict) for verdict in said]), encoding="utf-8")
+                verdicts[run] = [Verdict(**content) for content in json.loads(path.read_text("utf-8"))]
+                progress.advance(task)
+            label = f"{name} {version(name)}"
+            results.append(result_of(label, verdicts, when_lost))
+    console.print(tools_table(results, title=f"{len(runs)} runs of the {half} half"))
+    for name, reason in reasons.items():
+        console.print(f"{name} was not compared: {reason}", markup=False)
+    content = {
+        **facts(),
+        "half": half,
+        "not_compared": reasons,
+        "tools": [summary(result) for result in results],
+    }
+    write_json(directory / "peers.json", content)
+    (directory / "peers.md").write_text(markdown_table(TOOL_HEADINGS, tools_rows(results)), encoding="utf-8")
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags.
 
@@ -166,6 +221,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name, help_text, flag in (
         ("record", "train the runs and keep what detectors receive", "--out"),
         ("score", "replay recordings to the detectors", "--in"),
+        ("peers", "run other tools on some of the recorded runs", "--in"),
     ):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("--half", choices=("tuning", "scoring"), required=True, help="which runs")
@@ -175,12 +231,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             type=Path,
             help=f"directory of the recordings (default {DEFAULT_DIRECTORY}/HALF)",
         )
-        if name == "record":
+        if name != "score":
             command.add_argument("--threads", type=positive_int, default=1, help="CPU threads (default 1)")
-        else:
-            command.add_argument(
-                "--cases", action="store_true", help="list every miss, wrong layer and false alarm"
-            )
+            continue
+        command.add_argument("--cases", action="store_true", help="list misses, wrong layers, false alarms")
+        command.add_argument(
+            "--without",
+            nargs="+",
+            default=[],
+            metavar="QUANTITY",
+            help="withhold quantities from the detectors, such as weight_norm",
+        )
     options = parser.parse_args(arguments)
     options.directory = options.directory or DEFAULT_DIRECTORY / options.half
     return options
@@ -197,18 +258,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse_arguments(arguments)
     console = report_console()
+    if options.command != "score":
+        torch.set_num_threads(options.threads)
     started = time.time()
     try:
         if options.command == "record":
-            torch.set_num_threads(options.threads)
             record_half(options.half, options.directory, console)
+        elif options.command == "peers":
+            compare_peers(options.half, options.directory, console, partial(_facts, arguments, started))
         else:
-            result = judge(load_half(options.half, options.directory), default_detectors)
-            facts = {
-                "half": options.half,
-                **run_facts("detection_benchmark", arguments, started),
-                **provenance("cpu"),
-            }
+            recordings = load_half(options.half, options.directory)
+            verdicts = judge(recordings, without=options.without)
+            losses = {run: recording.losses for run, recording in recordings.items()}
+            result = result_of("stability-probes", verdicts, departures(losses))
+            facts = {**_facts(arguments, started), "half": options.half, "without": options.without}
             report(result, options.directory, console, facts=facts, with_cases=options.cases)
     except KeyboardInterrupt:
         console.print("Interrupted; the same command goes on where it stopped.")
@@ -217,6 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"detection_benchmark: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _facts(arguments: Sequence[str] | None, started: float) -> dict[str, Any]:
+    return {"schema_version": 1, **run_facts("detection_benchmark", arguments, started), **provenance("cpu")}
 
 
 if __name__ == "__main__":

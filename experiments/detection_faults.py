@@ -288,16 +288,17 @@ class _LowPrecision(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, direction: str, dtype: torch.dtype, strength: float) -> Tensor:
         ctx.direction, ctx.dtype, ctx.strength = direction, dtype, strength
-        return _rounded(x, dtype, strength) if direction == "forward" else x.clone()
+        return cast_with_overflow(x, dtype, strength) if direction == "forward" else x.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.direction == "backward":
-            gradient = _rounded(gradient, ctx.dtype, ctx.strength)
+            gradient = cast_with_overflow(gradient, ctx.dtype, ctx.strength)
         return gradient, None, None, None
 
 
-def _rounded(x: Tensor, dtype: torch.dtype, strength: float) -> Tensor:
+def cast_with_overflow(x: Tensor, dtype: torch.dtype, strength: float) -> Tensor:
+    """To another format and back, scaled so that entries above 1/`strength` of the largest overflow."""
     scale = strength * torch.finfo(dtype).max / x.abs().max().double()
     return ((x.double() * scale).to(dtype).double() / scale).to(x.dtype)
 

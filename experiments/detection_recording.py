@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,21 @@ class Recording:
         """Loss of every step, float64 [steps]."""
         return np.array([readings["loss"][ALL_LAYERS] for readings in self.readings])
 
-    def replay(self, detectors: Sequence[Detector]) -> list[Alert]:
-        """The verdicts of fresh detectors on the run."""
-        return [
-            alert
-            for step, readings in zip(self.steps, self.readings, strict=True)
-            for detector in detectors
-            for alert in detector.update(step, readings)
-        ]
+    def replay(self, detectors: Sequence[Detector], without: Collection[str] = ()) -> list[Alert]:
+        """The verdicts of fresh detectors on the run.
+
+        Args:
+            detectors: In the order in which a probe asks them.
+            without: Quantities that are withheld from them.
+        """
+        alerts: list[Alert] = []
+        for step, everything in zip(self.steps, self.readings, strict=True):
+            readings = {
+                quantity: layers for quantity, layers in everything.items() if quantity not in without
+            }
+            for detector in detectors:
+                alerts += detector.update(step, readings)
+        return alerts
 
     def save(self, path: Path) -> None:
         """Writes a compressed .npz; a write that is cut short leaves no file of that name."""

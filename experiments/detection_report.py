@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 HEADINGS = ("fault", "runs", "told", "layer right", "delay (steps)", "lead (steps)")
+TOOL_HEADINGS = ("tool", *HEADINGS[1:], "false alarms per 10,000 clean steps")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,20 @@ class Result:
         return sum(outcome.onset for outcome in self.outcomes)
 
 
+def result_of(tool: str, verdicts: Mapping[Run, Sequence[Verdict]], departures: Mapping[Run, int]) -> Result:
+    """A tool's verdicts on some runs beside the truth.
+
+    Args:
+        tool: Its name.
+        verdicts: Of every run that counts.
+        departures: When the loss left its clean band, of every run with a fault.
+    """
+    outcomes = [
+        Outcome(run, tuple(said), departures[run]) for run, said in verdicts.items() if run.fault is not None
+    ]
+    return Result(tool, outcomes, {run: said for run, said in verdicts.items() if run.fault is None})
+
+
 def rows(result: Result) -> list[tuple[str, ...]]:
     """The table's cells: a row for each kind, one for the slow kinds, one for all.
 
@@ -120,6 +135,18 @@ def tools_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
         (*_row(result.tool, result.score()), _interval(rate(result.num_false_alarms, result.num_clean_steps)))
         for result in results
     ]
+
+
+def tools_table(results: Sequence[Result], title: str) -> Table:
+    """The same for `rich.print`."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for i, heading in enumerate(TOOL_HEADINGS):
+        table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in tools_rows(results):
+        table.add_row(*row)
+    return table
 
 
 def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -259,13 +259,19 @@ def score(outcomes: Sequence[Outcome]) -> Score:
     )
 
 
-def clean_bands(losses: Mapping[Run, FloatArray]) -> dict[str, CleanBand]:
-    """The band of every set-up that has runs with faults.
+def departures(losses: Mapping[Run, FloatArray]) -> dict[Run, int]:
+    """The departure of every run with a fault.
 
     Args:
-        losses: Of all fault-free pairs.
+        losses: Of runs with faults, their pairs, and further fault-free runs like these.
     """
-    by_setup: dict[str, list[FloatArray]] = {}
+    clean: dict[Run, list[FloatArray]] = {}
     for run, values in losses.items():
-        by_setup.setdefault(run.setup, []).append(values)
-    return {setup: CleanBand(np.stack(values)) for setup, values in by_setup.items()}
+        if run.fault is None:
+            clean.setdefault(replace(run, seed=0), []).append(values)
+    faulty = {run: run.fault.step for run in losses if run.fault is not None}
+    bands = {run: CleanBand(np.stack(clean[run])) for run in {replace(run.pair, seed=0) for run in faulty}}
+    return {
+        run: bands[replace(run.pair, seed=0)].departure(losses[run], losses[run.pair], onset)
+        for run, onset in faulty.items()
+    }

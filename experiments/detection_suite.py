@@ -42,7 +42,7 @@ _FAMILIES = {
 }
 
 # (variant, strength) of every kind; what they mean is in experiments/detection_faults.py.
-_FORMS: dict[str, dict[str, list[tuple[str, float]]]] = {
+FORMS: dict[str, dict[str, list[tuple[str, float]]]] = {
     "nan-weight": {"tuning": [("nan", 0)], "scoring": [("nan", 0), ("inf", 0)]},
     "nan-gradient": {"tuning": [("inf", 0)], "scoring": [("nan", 0), ("inf", 0)]},
     "nan-batch": {"tuning": [("nan", 0)], "scoring": [("nan", 0), ("inf", 0)]},
@@ -172,7 +172,7 @@ def _fault_runs(half: Half, kind: str) -> list[Run]:
     """Every form in every model in turn, at random layers, onsets and seeds."""
     generator = random.Random(f"{half} {kind}")
     setups = [setup for family in _FAMILIES.get(kind, _ALL) for setup in family[half]]
-    combinations = list(product(setups, _FORMS[kind][half]))
+    combinations = list(product(setups, FORMS[kind][half]))
     generator.shuffle(combinations)
     runs: list[Run] = []
     for setup, (variant, strength) in islice(cycle(combinations), _num_runs(half, kind)):
