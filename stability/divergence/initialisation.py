@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import math
 import re
+from statistics import median
 from typing import Any
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings
 from stability.divergence.remedies import REMEDIES
-from stability.divergence.running_range import RunningRange
 
-_NUMBER = re.compile(r"\d+")
+_BLOCK_NUMBER = re.compile(r"\.\d+\.")
 
 
 class InitialisationDetector:
     """Alerts when a layer's first weight norm is far from that of the same layer in other blocks.
 
-    There is no history at the first step, but there are siblings: layers whose names differ in numbers alone
-    (``blocks.0.mlp.output``, ``blocks.1.mlp.output``). A layer is out when its log norm lies log ``ratio`` from the
-    median of its siblings' and ``num_spreads`` of their spread; of two siblings that disagree, the larger is named,
-    since too large is what training does not forgive. One verdict, on the first step with weights, never again.
+    There is no history at the first step, but there are siblings: layers whose names differ in the numbers of their
+    blocks alone (``blocks.0.mlp.output``, ``blocks.1.mlp.output``; not ``0`` and ``2`` of a Sequential, which may be
+    of any shapes). A layer is out when its log norm lies log ``ratio`` from the median of its siblings', and
+    ``num_ranges`` times as far as they lie from each other. Of several, the furthest is named; of two siblings that
+    disagree the larger, since too large is what training does not forgive. One verdict, on the first step with
+    weights, never again.
 
     Args:
-        ratio: Norm over the siblings' median. Calibrated: those of one shape agree within 1.1; stages of a
-            convolutional network whose width doubles differ by 2 between the outermost and the median.
-        num_spreads: Robust standard deviations from that median.
+        ratio: Norm over the siblings' median. Calibrated: those of one shape agree within 1.1; outer stages of a
+            convolutional network whose width doubles are 2 from the median.
+        num_ranges: Distance from the siblings' median over the distance between their extremes.
 
     Raises:
-        ValueError: If ``ratio`` is not above 1 or ``num_spreads`` is negative.
+        ValueError: If ``ratio`` is not above 1 or ``num_ranges`` is negative.
 
     Source:
         Why layers of one shape start alike: He et al. 1502.01852. The thresholds are calibrated.
@@ -39,13 +41,13 @@ class InitialisationDetector:
         ('blocks.1.output', 'initialisation')
     """
 
-    def __init__(self, *, ratio: float = 3.0, num_spreads: float = 6.0) -> None:
-        if ratio <= 1 or num_spreads < 0:
+    def __init__(self, *, ratio: float = 3.0, num_ranges: float = 2.0) -> None:
+        if ratio <= 1 or num_ranges < 0:
             raise ValueError(
-                f"ratio must be above 1 and num_spreads at least 0; got {ratio} and {num_spreads}."
+                f"ratio must be above 1 and num_ranges at least 0; got {ratio} and {num_ranges}."
             )
         self._ratio = math.log(ratio)
-        self._num_spreads = num_spreads
+        self._num_ranges = num_ranges
         self._is_done = False
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
@@ -57,7 +59,7 @@ class InitialisationDetector:
         siblings: dict[str, dict[str, float]] = {}
         for layer, norm in norms.items():
             if layer != ALL_LAYERS and 0 < norm < math.inf:
-                siblings.setdefault(_NUMBER.sub("*", layer), {})[layer] = math.log(norm)
+                siblings.setdefault(_BLOCK_NUMBER.sub(".*.", layer), {})[layer] = math.log(norm)
         outliers = {
             layer: deviation
             for group in siblings.values()
@@ -66,7 +68,7 @@ class InitialisationDetector:
         }
         if not outliers:
             return []
-        layer = max(outliers, key=lambda name: abs(outliers[name]))
+        layer = max(outliers, key=lambda name: (abs(outliers[name]), outliers[name]))
         norm, reference = norms[layer], norms[layer] / math.exp(outliers[layer])
         return [
             Alert(
@@ -95,10 +97,10 @@ class InitialisationDetector:
 
     def _outliers(self, group: dict[str, float]) -> dict[str, float]:
         """Layer → log norm over the siblings' median, of those that are out."""
-        values = RunningRange(len(group), group.values())
-        if len(group) == 2:
-            (small, low), (large, high) = sorted(group.items(), key=lambda item: item[1])
-            return {large: high - low} if high - low >= self._ratio else {}
-        threshold = max(self._ratio, self._num_spreads * values.spread())
-        median = values.median()
-        return {layer: value - median for layer, value in group.items() if abs(value - median) >= threshold}
+        outliers = {}
+        for layer, value in group.items():
+            others = sorted(other for name, other in group.items() if name != layer)
+            deviation = value - median(others)
+            if abs(deviation) >= max(self._ratio, self._num_ranges * (others[-1] - others[0])):
+                outliers[layer] = deviation
+        return outliers

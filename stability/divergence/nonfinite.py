@@ -9,7 +9,7 @@ from typing import Any
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings
 from stability.divergence.remedies import REMEDIES
-from stability.divergence.track import MAX_EVIDENCE
+from stability.divergence.track import MAX_EVIDENCE, innermost
 
 # In the order of cause: a broken weight breaks the output, that breaks every gradient behind it, and those the next
 # update. Values run forward through the layers, gradients backward: which end of the list is the origin follows.
@@ -111,7 +111,8 @@ class NonFiniteDetector:
             broken = [layer for layer in broken if layer in layers] or broken
             if not broken:
                 continue
-            layer = broken[0 if quantity in _FIRST_LAYER or len(broken) == len(layers) else -1]
+            inner = innermost(broken)
+            layer = inner[0 if quantity in _FIRST_LAYER or len(broken) == len(layers) else -1]
             how_many = f"{len(broken)} of {len(layers)} layers"
             if quantity == _LOSS and not is_excused:
                 layer, how_many = self._where_all_gradients_broke(readings)
@@ -123,7 +124,7 @@ class NonFiniteDetector:
         gradients = {k: v for k, v in readings.get("grad_norm", {}).items() if k != ALL_LAYERS}
         broken = [layer for layer, norm in gradients.items() if not math.isfinite(norm)]
         if broken and len(broken) == len(gradients):
-            return broken[0], "and every layer's gradient with it: the batch, or a value between layers"
+            return innermost(broken)[0], "and every layer's gradient with it: the batch, or a value between layers"
         return ALL_LAYERS, "the gradients are finite" if gradients else "no gradients are recorded"
 
     def _alert(

@@ -50,6 +50,10 @@ class RunningRange:
             return self._sorted[middle]
         return (self._sorted[middle - 1] + self._sorted[middle]) / 2
 
+    def largest(self) -> float:
+        """Largest value."""
+        return self._sorted[-1]
+
     def spread(self) -> float:
         """Interquartile range, as the standard deviation of a normal distribution that has it."""
         last = len(self._sorted) - 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from stability.divergence.running_range import RunningRange
 
 MAX_EVIDENCE = 16
+ROOT = "(root)"  # as probes name the outermost module
 # A value this far of the way to the alarm has left its range: where an unbroken run of them starts is the onset.
 ONSET_SCORE = 0.5
 
@@ -78,6 +79,18 @@ def from_states(window: int, state: Mapping[str, Any]) -> dict[str, Track]:
     return {layer: Track.from_state(window, of_layer) for layer, of_layer in state.items()}
 
 
+def innermost(layers: Sequence[str]) -> list[str]:
+    """Layers that contain no other of them: where a container's own parameters take part, its name does not tell.
+
+    Example:
+        >>> innermost(["(root)", "blocks.0", "blocks.0.mlp", "blocks.1"])
+        ['blocks.0.mlp', 'blocks.1']
+    """
+    rest = [layer for layer in layers if layer != ROOT]
+    inner = [a for a in rest if not any(b.startswith(f"{a}.") for b in rest)]
+    return inner or list(layers)
+
+
 def origin(
     tracks: Mapping[str, Track], layers: Iterable[str], ties: Literal["first", "last", "worst"]
 ) -> tuple[str, tuple[str, ...]]:
@@ -92,7 +105,7 @@ def origin(
     Returns:
         The layer, and those that followed: in the order of time, then of the forward pass.
     """
-    out = [layer for layer in layers if tracks[layer].onset is not None]
+    out = innermost([layer for layer in layers if tracks[layer].onset is not None])
     onsets = {layer: tracks[layer].onset or 0 for layer in out}
     earliest = min(onsets.values())
     tied = [layer for layer in out if onsets[layer] == earliest]

@@ -16,22 +16,20 @@ _SMALLEST_CHANGE = 1e-9  # under it a change of a float32 norm is rounding
 class WeightJumpDetector:
     """Alerts when a layer's weight norm changes in a step far beyond its own and the other layers' habit.
 
-    Of each layer, d = \\|log w(t) − log w(t−1)\\| / steps between; its excess is log d over the median of its last
-    ``window`` changes. A layer has jumped when d ≥ ``min_change`` and both its excess and its excess over the
-    median excess of all layers reach log ``ratio``: what all layers do at once is the learning rate's doing, not
-    theirs. That is an alert of its own, for the whole model: the median of log d over all layers reaches log
-    ``common_ratio`` over the largest it has been, so that warm-up and restarts, which come back to rates seen
-    before, are silent.
+    Of each layer, d = \|log w(t) − log w(t−1)\| / steps between. Its excess e is log d over the median of its last
+    ``window`` changes, or over that and the median excess of all layers: what all layers do at once is the learning
+    rate's doing, not theirs. A layer has jumped when its surprise d eᵉ, the change times how unusual it is, reaches
+    ``surprise``, and eᵉ reaches ``ratio``. What all layers do is an alert of its own, for the whole model: the median
+    of log d over the layers reaches log ``common_ratio`` over the largest it has been, so that warm-up and restarts,
+    which come back to rates seen before, are silent.
 
     Args:
-        min_change: Smallest change worth a word. Calibrated: with healthy training at Adam's usual rates, steps of
-            2 % come from small layers in the first hundred steps, and then stand out from no habit
-            (docs/detectors.md).
-        ratio: Change over habit. Calibrated: clean runs stay under 3 × where the change is at least 2 %, a fault
-            of 8 % a step is at 20 ×.
+        surprise: Change times change over habit. Calibrated: clean runs stay under 0.12 after the first
+            ``min_history`` steps; query and key weights that grow by 8 % a step reach 0.6 at once (docs/detectors.md).
+        ratio: Least change over habit. Calibrated with ``surprise``.
         common_ratio: The same for the median change of all layers over its largest so far.
         window: Changes that the habit covers.
-        min_history: Changes before the first verdict.
+        min_history: Changes before the first verdict; in a warm-up every step is larger than the one before.
         min_layers: Layers that can speak for the whole model.
 
     Raises:
@@ -51,20 +49,20 @@ class WeightJumpDetector:
     def __init__(
         self,
         *,
-        min_change: float = 0.02,
-        ratio: float = 6.0,
+        surprise: float = 0.2,
+        ratio: float = 3.0,
         common_ratio: float = 4.0,
         window: int = 64,
-        min_history: int = 10,
+        min_history: int = 25,
         min_layers: int = 3,
     ) -> None:
-        if min_change <= 0:
-            raise ValueError(f"min_change must be positive; got {min_change}.")
+        if surprise <= 0:
+            raise ValueError(f"surprise must be positive; got {surprise}.")
         if not (ratio > 1 and common_ratio > 1):
             raise ValueError(f"ratio and common_ratio must be above 1; got {ratio} and {common_ratio}.")
         if not 1 <= min_history <= window:
             raise ValueError(f"min_history must lie in [1, window={window}]; got {min_history}.")
-        self._min_change = min_change
+        self._surprise = surprise
         self._ratio = math.log(ratio)
         self._common_ratio = math.log(common_ratio)
         self._window = window
@@ -90,8 +88,9 @@ class WeightJumpDetector:
             score = 0.0
             if layer in excesses:
                 excess = excesses[layer]
-                if math.exp(changes[layer]) >= self._min_change:
-                    score = min(excess, excess - habit_of_all) / self._ratio
+                unusual = min(excess, excess - habit_of_all)
+                if unusual >= self._ratio:
+                    score = math.exp(changes[layer] + unusual) / self._surprise
                 change = changes[layer] - max(0.0, excess - self._ratio)
             if change is not None:
                 track.range.append(change)
