@@ -33,7 +33,7 @@ class Peer(Protocol):
     """A tool at work on one training."""
 
     def __call__(self, step: int, loss: Tensor) -> Iterable[tuple[str, str]]:
-        """Sees a step between backward pass and optimizer step; answers with each verdict's layer and words."""
+        """Sees a step between backward pass and optimizer step; answers with each verdict's layer, words."""
         ...
 
 
