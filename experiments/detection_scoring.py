@@ -8,8 +8,9 @@
   no larger than a block. For a fault that is no layer's (learning rate, batch, labels): "(all)", which is
   where the loss is, or a layer that reads the batch.
 * **Clean band**: at each step the interval that holds 99.9 % of the fault-free losses: the prediction
-  interval of a normal distribution of log loss, from every fault-free run of the same set-up and five steps
-  either side.
+  interval of a normal distribution of their cube root, from every fault-free run of the same set-up and five
+  steps either side. (Losses scatter like gamma variables, whose cube roots are nearly normal: Wilson and
+  Hilferty, 1931.)
 * **Departure**: the first step from the onset on whose loss is no finite number, or outside the clean band
   while that of the paired run (same seed, same data, no fault) is inside. A loss that never leaves departs
   when the run ends.
@@ -147,7 +148,7 @@ class CleanBand:
     """Where the loss of fault-free runs lies.
 
     Args:
-        losses: [runs, steps], positive; runs of one set-up that differ in their seed.
+        losses: [runs, steps], not negative; runs of one set-up that differ in their seed.
 
     Attributes:
         low: [steps].
@@ -155,17 +156,17 @@ class CleanBand:
     """
 
     def __init__(self, losses: FloatArray) -> None:
-        logs = np.log(losses)
+        roots = np.cbrt(losses)
         windows = [
-            logs[:, max(0, step - BAND_HALF_WIDTH) : step + BAND_HALF_WIDTH + 1].ravel()
-            for step in range(logs.shape[1])
+            roots[:, max(0, step - BAND_HALF_WIDTH) : step + BAND_HALF_WIDTH + 1].ravel()
+            for step in range(roots.shape[1])
         ]
         centre = np.array([window.mean() for window in windows])
         size = np.array([len(window) for window in windows])
         scatter = np.array([window.std(ddof=1) for window in windows])
         half_width = stats.t.ppf((1 + BAND) / 2, size - 1) * scatter * np.sqrt(1 + 1 / size)
-        self.low: FloatArray = np.exp(centre - half_width)
-        self.high: FloatArray = np.exp(centre + half_width)
+        self.low: FloatArray = np.maximum(centre - half_width, 0) ** 3
+        self.high: FloatArray = (centre + half_width) ** 3
 
     def departure(self, losses: FloatArray, paired: FloatArray, onset: int) -> int:
         """First step at which a run's loss has left the band; the run's length if it never does.
