@@ -236,13 +236,13 @@ def draw_figure(path: Path, result: Result) -> None:
         for outcome in outcomes:
             if outcome.delay is not None:
                 steps.plot(outcome.departure - outcome.onset, i, "|", color="0.55", markersize=9)
-                steps.plot(max(outcome.delay, 0.8), i, "o", color="C0", markersize=3, alpha=0.5)
+                steps.plot(outcome.delay, i, "o", color="C0", markersize=3, alpha=0.5)
     steps.plot([], [], "o", color="C0", markersize=3, label="verdict heard")
     steps.plot([], [], "|", color="0.55", markersize=9, label="loss leaves its clean band, or the run ends")
     steps.set_xscale("symlog", linthresh=1)
     steps.set(xlabel="steps after the fault's onset", xlim=(-0.2, None))
     for panel in (shares, steps):
-        panel.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=2, frameon=False, fontsize=8)
+        panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=8)
         panel.grid(axis="x", color="0.9")
         panel.set_axisbelow(True)
     figure.savefig(path, dpi=150)
