@@ -47,7 +47,7 @@ class OptimizerState:
 
     @torch.no_grad()
     def after(self, pending: Pending, optimizer: Optimizer) -> None:
-        """Adds ``update_ratio``, to the ``weight_norm`` of the same step, and, for optimizers with Adam's second moment, ``adam_update_rms``."""
+        """Adds ``update_ratio`` and, for optimizers with Adam's second moment, ``adam_update_rms``."""
         layers = [self._layer_of[parameter] for parameter, _ in self._weights_before]
         changes = [before for _, before in self._weights_before]
         if changes:

@@ -1,7 +1,7 @@
 """Attention that sharpens, saturates or couples as it should not: one detector per quantity.
 
-They read what a probe records of attention calls, every tenth step by default. Limits come from the literature where
-it has one; all are checked against the clean runs in docs/detectors.md.
+They read what a probe records of attention calls, every tenth step by default. Limits come from the
+literature where it has one; all are checked against the clean runs in docs/detectors.md.
 """
 
 from __future__ import annotations
@@ -9,27 +9,55 @@ from __future__ import annotations
 from stability.divergence.quantity_range import QuantityRangeDetector
 
 
-def logit_growth_detector(*, limit: float = 50.0, ratio: float = 3.0) -> QuantityRangeDetector:
-    """Attention logits that have grown large, which precedes loss spikes.
+def logit_growth_detector(
+    *, limit: float = 12.0, ratio: float = 3.5, window: int = 5
+) -> QuantityRangeDetector:
+    """Attention logits that grow faster than learning makes them, which precedes loss spikes.
 
     Args:
-        limit: Largest logit. QK-Clip (2507.20534) acts at 100; clean runs stay under 25.
-        ratio: Largest logit over its median.
+        limit: Largest logit. Clean runs grow faster while their logits are small, and stay under 25.
+        ratio: Largest logit over its median in the window. Calibrated: clean runs reach 2.8 beyond a logit of
+            10.
+        window: Measurements: at every tenth step, logits that grow by 5 % a step are 4.5 times the median of
+            five.
 
     Source:
         Wortsman et al. 2309.14322; Dehghani et al. 2302.05442.
+    """
+    return QuantityRangeDetector(
+        "attention/max_logit",
+        "logit-growth",
+        "attention logits grow",
+        limit=limit,
+        ratio=ratio,
+        window=window,
+    )
+
+
+def large_logit_detector(*, limit: float = 100.0, ratio: float = 3.0) -> QuantityRangeDetector:
+    """Attention logits that have grown large, however slowly.
+
+    Args:
+        limit: Largest logit: where QK-Clip (2507.20534) acts.
+        ratio: Largest logit over its median.
+
+    Source:
+        As :func:`logit_growth_detector`.
     """
     return QuantityRangeDetector(
         "attention/max_logit", "logit-growth", "attention logits have grown large", limit=limit, ratio=ratio
     )
 
 
-def entropy_collapse_detector(*, limit: float = 0.5, ratio: float = 2.5) -> QuantityRangeDetector:
-    """Attention rows that have come down to a single key.
+def entropy_collapse_detector(
+    *, limit: float = 1.5, ratio: float = 2.0, window: int = 8
+) -> QuantityRangeDetector:
+    """Attention rows that come down to few keys faster than learning makes them.
 
     Args:
-        limit: Mean entropy of a row in nats; 0.69 is two keys with equal weights.
-        ratio: Median entropy over entropy.
+        limit: Mean entropy of a row in nats; 0.69 is two keys with equal weights, 1.4 is four.
+        ratio: Median entropy in the window over entropy. Calibrated: clean runs reach 1.4.
+        window: Measurements.
 
     Source:
         Zhai et al. 2303.06296, who tie low attention entropy to divergence.
@@ -37,10 +65,11 @@ def entropy_collapse_detector(*, limit: float = 0.5, ratio: float = 2.5) -> Quan
     return QuantityRangeDetector(
         "attention/entropy",
         "entropy-collapse",
-        "attention has collapsed to few keys",
+        "attention collapses to few keys",
         bad="small",
         limit=limit,
         ratio=ratio,
+        window=window,
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from stability.divergence.detector import Alert, Detector, Readings
 
-# Of verdicts with the same onset the likeliest cause comes first: weights before what they compute, outputs before
-# the loss, the loss before the gradients that come back from it.
+# Of verdicts with the same onset the likeliest cause comes first: weights before what they compute, outputs
+# before the loss, the loss before the gradients that come back from it.
 _CAUSES = (
     "weight-jump",
     "initialisation",
@@ -33,9 +33,10 @@ _MAX_CONSEQUENCES = 8
 class EpisodeDetector:
     """Hears several detectors and speaks once per episode, naming where it began.
 
-    An episode opens with the first verdict: of several at that step the one with the earliest onset. Later verdicts
-    are its consequences for as long as none is ``quiet_steps`` after the one before, and are not told one by one. Only
-    a first verdict of divergence is told again, under the episode's layer and onset, with what has followed since.
+    An episode opens with the first verdict: of several at that step the one with the earliest onset. Later
+    verdicts are its consequences for as long as none is ``quiet_steps`` after the one before, and are not
+    told one by one. Only a first verdict of divergence is told again, under the episode's layer and onset,
+    with what has followed since.
 
     Args:
         detectors: Whose verdicts are merged.

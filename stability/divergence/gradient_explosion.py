@@ -19,23 +19,24 @@ class GradientExplosionDetector:
     A norm g is out of range when log g exceeds the median of the layer's last ``window`` values by log
     ``warning_ratio`` and by ``num_spreads`` of their spread; from ``divergence_ratio`` on the alert says
     divergence. Values enter the history cut off at the threshold, so a spike does not move it and a new level
-    becomes the ordinary one after half a window. The layer is named that left its range first (half of the way,
-    on the logarithmic scale), of several the one nearest to the loss, since gradients grow on their way back from
-    there. One alert per severity and episode; an episode ends when every layer is back in its range.
+    becomes the ordinary one after half a window. The layer is named that left its range first (half of the
+    way, on the logarithmic scale), of several the one nearest to the loss, since gradients grow on their way
+    back from there. One alert per severity and episode; an episode ends when every layer is back in its
+    range.
 
     Args:
         warning_ratio: Norm over median that is worth a warning. Spikes of 10 × are ordinary in training
             without clipping (docs/results/), 100 × are not.
         divergence_ratio: Norm over median that counts as an explosion: the four orders of magnitude of
             arXiv 2604.27124.
-        num_spreads: Robust standard deviations from the median, as for loss and gradient spikes in OLMo-core; it
-            matters for noisy or steadily growing norms, whose spread is wide.
+        num_spreads: Robust standard deviations from the median, as for loss and gradient spikes in OLMo-core;
+            it matters for noisy or steadily growing norms, whose spread is wide.
         window: Values that the median covers.
         min_history: Values before the first verdict; the first steps' transient has no reference.
 
     Raises:
-        ValueError: If the ratios are not 1 < warning ≤ divergence, ``num_spreads`` is negative, or the history is
-            longer than the window.
+        ValueError: If the ratios are not 1 < warning ≤ divergence, ``num_spreads`` is negative, or the
+            history is longer than the window.
 
     Source:
         Robust statistics of the log norm: ZClip 2504.02507, AdaGC 2502.11034.
@@ -123,8 +124,8 @@ class GradientExplosionDetector:
         missing = self._divergence - math.log(norm / reference)
         if severity == "warning" and growth > 0 < missing:
             reason += (
-                f"; it grows by {math.expm1(growth):.0%} a step and reaches {math.exp(self._divergence):.0e} × "
-                f"in about {math.ceil(missing / growth)} steps"
+                f"; it grows by {math.expm1(growth):.0%} a step and reaches "
+                f"{math.exp(self._divergence):.0e} × in about {math.ceil(missing / growth)} steps"
             )
         return Alert(
             step,

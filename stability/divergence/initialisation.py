@@ -16,16 +16,16 @@ _BLOCK_NUMBER = re.compile(r"\.\d+\.")
 class InitialisationDetector:
     """Alerts when a layer's first weight norm is far from that of the same layer in other blocks.
 
-    There is no history at the first step, but there are siblings: layers whose names differ in the numbers of their
-    blocks alone (``blocks.0.mlp.output``, ``blocks.1.mlp.output``; not ``0`` and ``2`` of a Sequential, which may be
-    of any shapes). A layer is out when its log norm lies log ``ratio`` from the median of its siblings', and
-    ``num_ranges`` times as far as they lie from each other. Of several, the furthest is named; of two siblings that
-    disagree the larger, since too large is what training does not forgive. One verdict, on the first step with
-    weights, never again.
+    There is no history at the first step, but there are siblings: layers whose names differ in the numbers of
+    their blocks alone (``blocks.0.mlp.output``, ``blocks.1.mlp.output``; not ``0`` and ``2`` of a Sequential,
+    which may be of any shapes). A layer is out when its log norm lies log ``ratio`` from the median of its
+    siblings', and ``num_ranges`` times as far as they lie from each other. Of several, the furthest is named;
+    of two siblings that disagree the larger, since too large is what training does not forgive. One verdict,
+    on the first step with weights, never again.
 
     Args:
-        ratio: Norm over the siblings' median. Calibrated: those of one shape agree within 1.1; outer stages of a
-            convolutional network whose width doubles are 2 from the median.
+        ratio: Norm over the siblings' median. Calibrated: those of one shape agree within 1.1; outer stages
+            of a convolutional network whose width doubles are 2 from the median.
         num_ranges: Distance from the siblings' median over the distance between their extremes.
 
     Raises:
@@ -78,7 +78,7 @@ class InitialisationDetector:
                 "warning",
                 norm,
                 reference,
-                f"its first weight norm is {norm:.3g}, where the same layer of other blocks has {reference:.3g}.",
+                f"its first weight norm is {norm:.3g}; the same layer of other blocks has {reference:.3g}.",
                 kind="initialisation",
                 onset_step=step,
                 evidence=((step, norm),),

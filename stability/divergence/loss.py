@@ -15,19 +15,21 @@ from stability.divergence.track import MAX_EVIDENCE
 class LossDetector:
     """Alerts when the loss leaves its trend.
 
-    The trend is the median of the last ``trend_steps`` losses, its noise the spread of the last ``window`` residuals
-    (loss − trend of the steps before), at least ``min_relative_noise`` of the trend. A spike is one residual of
-    ``spike_spreads`` times the noise that is also ``spike_ratio`` times the largest of them, since small batches make
-    losses with long tails. A shift is a median of ``shift_spreads`` over the last ``shift_steps``, which noise of a
-    constant level, of labels say, does not reach. One alert an episode, which ends after ``shift_steps`` ordinary
-    steps.
+    The trend is the median of the last ``trend_steps`` losses. The noise is the spread of the last ``window``
+    residuals (loss − trend of the steps before): as their quartiles give it or their 90 % quantile, whichever
+    is larger, since losses of small batches have long tails; and at least ``min_relative_noise`` of the
+    trend. A spike is a residual of ``spike_spreads`` times the noise that is also ``spike_ratio`` times the
+    largest of them. A shift is a median residual of ``shift_spreads`` over the last ``shift_steps``, which
+    noise of a constant level, of labels say, does not reach. One alert an episode, which ends after
+    ``shift_steps`` ordinary steps.
 
     Args:
         name: Under which the script logs its loss.
-        spike_spreads: OLMo-core's spike test takes 6 standard deviations over 128 steps, and clean runs on small
-            batches reach 15: hence the ratio beside it.
-        spike_ratio: Residual over the largest in the window. Calibrated: clean runs reach 1.7, a bad batch 10.
-        shift_spreads: Calibrated: clean runs reach 2.5 (docs/detectors.md).
+        spike_spreads: Near the 6 standard deviations of OLMo-core's spike test; alone it would alarm on every
+            second clean run of a small convolutional network.
+        spike_ratio: Residual over the largest in the window. Calibrated: clean runs reach 6.6, bad batches
+            begin at 13 (docs/detectors.md).
+        shift_spreads: Calibrated: clean runs reach 1.7, label noise begins at 4.
         shift_steps: Steps that a shift is read from.
         trend_steps: Steps that the trend is read from.
         window: Residuals that the noise is read from.
@@ -51,8 +53,8 @@ class LossDetector:
         *,
         name: str = "loss",
         spike_spreads: float = 5.0,
-        spike_ratio: float = 2.5,
-        shift_spreads: float = 3.0,
+        spike_ratio: float = 8.0,
+        shift_spreads: float = 2.7,
         shift_steps: int = 8,
         trend_steps: int = 16,
         window: int = 200,
@@ -98,9 +100,15 @@ class LossDetector:
         if len(self._residuals) < self._min_history:
             self._residuals.append(residual)
             return []
-        noise = max(self._residuals.spread(), self._min_relative_noise * abs(trend), _TINY)
+        noise = max(
+            self._residuals.spread(),
+            self._residuals.upper_spread(),
+            self._min_relative_noise * abs(trend),
+            _TINY,
+        )
         score = residual / noise
-        is_spike = score >= self._spike and residual >= self._spike_ratio * self._residuals.largest()
+        largest = max(self._residuals.largest(), noise)
+        is_spike = score >= self._spike and residual >= self._spike_ratio * largest
         self._residuals.append(residual)
         self._scores.append(score)
         is_full = len(self._scores) == self._shift_steps

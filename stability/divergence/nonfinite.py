@@ -11,14 +11,16 @@ from stability.divergence.detector import ALL_LAYERS, Alert, Readings
 from stability.divergence.remedies import REMEDIES
 from stability.divergence.track import MAX_EVIDENCE, innermost
 
-# In the order of cause: a broken weight breaks the output, that breaks every gradient behind it, and those the next
-# update. Values run forward through the layers, gradients backward: which end of the list is the origin follows.
-_FIRST_LAYER = ("weight_norm", "attention/max_logit", "activation_rms", "activation_max_abs")
+# In the order of cause: a broken weight breaks the output, that breaks every gradient behind it, and those
+# the next update. Values run forward through the layers, gradients backward: which end of the list is the
+# origin follows.
+_LOGITS = "attention/max_logit"
+_FIRST_LAYER = ("weight_norm", _LOGITS, "activation_rms", "activation_max_abs")
 _LOSS = "loss"
 _LAST_LAYER = ("activation_grad_norm", "grad_norm", "adam_update_rms", "update_ratio")
 _WHAT = {
     "weight_norm": "its weights hold",
-    "attention/max_logit": "its attention logits hold",
+    _LOGITS: "its attention logits hold",
     "activation_rms": "its output holds",
     "activation_max_abs": "its output holds",
     _LOSS: "the loss is",
@@ -34,15 +36,16 @@ class NonFiniteDetector:
 
     There is no threshold. Of all layers that are not finite in the same step the origin is named: the first
     in the forward pass for weights and outputs, the last one (where the backward pass enters) for gradients.
-    A step in which every gradient is broken was broken before its backward pass began, by the batch or between two
-    layers; unless an output says where, the first layer is named. One alert per episode; a finite step ends it.
+    A step in which every gradient is broken was broken before its backward pass began, by the batch or
+    between two layers; unless an output says where, the first layer is named. One alert per episode; a finite
+    step ends it.
 
-    Gradients of a step that a GradScaler skipped do not count, since it tries again with a smaller scale, until it
-    has skipped ``max_skipped`` steps in a row.
+    Gradients of a step that a GradScaler skipped do not count, since it tries again with a smaller scale,
+    until it has skipped ``max_skipped`` steps in a row.
 
     Args:
-        max_skipped: Skipped steps in a row that are ordinary. A GradScaler starts at 2¹⁶ and halves its scale with
-            every step it skips: after 16 the scale is 1 and no longer the reason.
+        max_skipped: Skipped steps in a row that are ordinary. A GradScaler starts at 2¹⁶ and halves its scale
+            with every step it skips: after 16 the scale is 1 and no longer the reason.
 
     Raises:
         ValueError: If ``max_skipped`` is negative.
@@ -114,18 +117,22 @@ class NonFiniteDetector:
             inner = innermost(broken)
             layer = inner[0 if quantity in _FIRST_LAYER or len(broken) == len(layers) else -1]
             how_many = f"{len(broken)} of {len(layers)} layers"
-            if quantity == _LOSS and not is_excused:
-                layer, how_many = self._where_all_gradients_broke(readings)
+            # Logits that are broken everywhere came in broken: what precedes attention is not measured as
+            # often.
+            is_unclear = quantity == _LOSS or (quantity == _LOGITS and len(broken) == len(layers))
+            if is_unclear and not is_excused:
+                layer, how_many = self._where_all_gradients_broke(readings) or (layer, how_many)
             value = values.get(layer, values.get(ALL_LAYERS, math.nan))
             return self._alert(step, layer, quantity, value, broken, how_many)
         return None
 
-    def _where_all_gradients_broke(self, readings: Readings) -> tuple[str, str]:
+    def _where_all_gradients_broke(self, readings: Readings) -> tuple[str, str] | None:
         gradients = {k: v for k, v in readings.get("grad_norm", {}).items() if k != ALL_LAYERS}
         broken = [layer for layer, norm in gradients.items() if not math.isfinite(norm)]
         if broken and len(broken) == len(gradients):
-            return innermost(broken)[0], "and every layer's gradient with it: the batch, or a value between layers"
-        return ALL_LAYERS, "the gradients are finite" if gradients else "no gradients are recorded"
+            how_many = "and every layer's gradient with it: the batch, or a value between layers"
+            return innermost(broken)[0], how_many
+        return None
 
     def _alert(
         self, step: int, layer: str, quantity: str, value: float, broken: list[str], how_many: str
@@ -151,4 +158,4 @@ class NonFiniteDetector:
 
 def _is_fine(quantity: str, value: float) -> bool:
     # A largest logit of −inf: no row had a key.
-    return math.isfinite(value) or (quantity == "attention/max_logit" and value == -math.inf)
+    return math.isfinite(value) or (quantity == _LOGITS and value == -math.inf)

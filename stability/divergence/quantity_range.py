@@ -15,11 +15,12 @@ _TINY = 1e-12  # a share or an entropy of zero has no logarithm
 class QuantityRangeDetector:
     """Alerts when a quantity passes a limit *and* is far from what it has been in that layer.
 
-    Both are needed: the limit comes from the literature and knows nothing of this model, the history knows nothing
-    of what is healthy (attention sharpens by orders of magnitude while a model learns). On a logarithmic scale a
-    value is out of its range when it is beyond the median of the last ``window`` values by log ``ratio``; values enter
-    the history cut off there. Named is the layer that left its range first, be it within the limit, of several the
-    first in the forward pass. One alert an episode, which ends when every layer is back.
+    Both are needed: the limit comes from the literature and knows nothing of this model, the history knows
+    nothing of what is healthy (attention sharpens by orders of magnitude while a model learns). On a
+    logarithmic scale a value is out of its range when it is beyond the median of the last ``window`` values
+    by log ``ratio``; values enter the history cut off there. Named is the layer, of those that are out, that
+    left its range first (came half of the way to both), of several the first in the forward pass. One alert
+    an episode, which ends when every layer is back.
 
     Args:
         quantity: Which.
@@ -85,10 +86,9 @@ class QuantityRangeDetector:
             if len(track.range) >= self._min_history:
                 judged.append(layer)
                 median = track.range.median()
-                score = (height - median) / self._ratio
+                nearness = (max(value, _TINY) / self._limit) ** self._sign  # 1 at the limit, from either side
+                score = min((height - median) / self._ratio, nearness)
                 height = min(height, median + self._ratio)
-                if self._sign * value < self._sign * self._limit:
-                    score = min(score, _WITHIN_LIMIT)
             track.range.append(height)
             track.add(step, value, score)
         if not judged:
@@ -107,7 +107,9 @@ class QuantityRangeDetector:
         self._is_reported = state["is_reported"]
 
     def _alert(self, step: int, layers: list[str]) -> Alert:
-        layer, spread = origin(self._tracks, layers, ties="first")
+        # Many layers move half of the way while they learn: only those that are out are candidates.
+        out = [layer for layer in layers if self._tracks[layer].score >= 1]
+        layer, spread = origin(self._tracks, out, ties="first")
         track = self._tracks[layer]
         value, reference = track.recent[-1][1], math.exp(self._sign * track.range.median())
         return Alert(
@@ -125,6 +127,3 @@ class QuantityRangeDetector:
             spread=spread,
             remedies=REMEDIES.get(self._kind, ()),
         )
-
-
-_WITHIN_LIMIT = 0.99  # out of its own range perhaps, but not worth a word yet

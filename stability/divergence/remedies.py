@@ -12,7 +12,7 @@ _SIGMOID = "sigmoid attention, whose row Jacobian is diagonal (2409.04431; 2604.
 _SIGMOID_BIAS = "sigmoid attention's bias at -ln n, or a norm behind it (2409.04431; 2604.27124)"
 _SIGMA_REPARAM = "sigma-reparametrisation of the projections (2303.06296)"
 _SKIP = "skip the batch, or go back to the last good checkpoint and past it (PaLM, 2204.02311)"
-_INITIALISATION = "the layer's initialisation: variance by fan-in (1502.01852), residual branches by 1/sqrt(2 layers)"
+_INITIALISATION = "initialise by fan-in (1502.01852), projections into a residual stream by 1/sqrt(2 layers)"
 
 REMEDIES: dict[str, tuple[str, ...]] = {
     "non-finite": (
@@ -21,7 +21,7 @@ REMEDIES: dict[str, tuple[str, ...]] = {
         _CLIPPING,
     ),
     "gradient-explosion": (_CLIPPING, _WARM_UP, _QK_NORM),
-    "vanishing-gradient": (_INITIALISATION, "residual connections and normalisation before the layer (2002.04745)"),
+    "vanishing-gradient": (_INITIALISATION, "residual connections, normalisation before layers (2002.04745)"),
     "dead-layer": ("leaky ReLU or GELU, smaller learning rate (1903.06733)", _INITIALISATION),
     "loss-spike": (_SKIP, _Z_LOSS, _BETA2, "look at the batch and its labels"),
     "entropy-collapse": (_QK_NORM, _SIGMA_REPARAM, _SIGMOID, _WARM_UP),
@@ -33,7 +33,7 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     "update-rms": (_BETA2, _WARM_UP),
     "update-ratio": (_WARM_UP, "a learning rate of its own for the layer (muP, 2203.03466)"),
     "weight-jump": (
-        "go back to the last good checkpoint; look at what wrote to these weights or to their optimizer state",
+        "go back to the last good checkpoint; see what wrote to these weights or their optimizer state",
         _BETA2,
         _WARM_UP,
     ),

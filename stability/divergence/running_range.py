@@ -6,15 +6,17 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
 
-# The interquartile range of a normal distribution in standard deviations.
+# Of a normal distribution, in standard deviations.
 _NORMAL_INTERQUARTILE_RANGE = 1.349
+_NORMAL_90_PERCENT = 1.282
 
 
 class RunningRange:
     """Location and scale of the last ``window`` values, both read from one sorted list.
 
-    The median bears half of the values being wild, the interquartile range a quarter. A steady trend widens the
-    range as it moves the median: the newest value of a straight line lies 1.35 spreads from it, whatever its slope.
+    The median bears half of the values being wild, the interquartile range a quarter. A steady trend widens
+    the range as it moves the median: the newest value of a straight line lies 1.35 spreads from it, whatever
+    its slope.
 
     Args:
         window: Values it covers.
@@ -50,11 +52,17 @@ class RunningRange:
             return self._sorted[middle]
         return (self._sorted[middle - 1] + self._sorted[middle]) / 2
 
+    def spread(self) -> float:
+        """Interquartile range, as the standard deviation of a normal distribution that has it."""
+        return (self._quantile(0.75) - self._quantile(0.25)) / _NORMAL_INTERQUARTILE_RANGE
+
+    def upper_spread(self) -> float:
+        """The same from median and 90 % quantile: it sees a long tail upwards."""
+        return (self._quantile(0.9) - self.median()) / _NORMAL_90_PERCENT
+
     def largest(self) -> float:
         """Largest value."""
         return self._sorted[-1]
 
-    def spread(self) -> float:
-        """Interquartile range, as the standard deviation of a normal distribution that has it."""
-        last = len(self._sorted) - 1
-        return (self._sorted[round(0.75 * last)] - self._sorted[round(0.25 * last)]) / _NORMAL_INTERQUARTILE_RANGE
+    def _quantile(self, share: float) -> float:
+        return self._sorted[round(share * (len(self._sorted) - 1))]

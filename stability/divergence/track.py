@@ -10,7 +10,8 @@ from stability.divergence.running_range import RunningRange
 
 MAX_EVIDENCE = 16
 ROOT = "(root)"  # as probes name the outermost module
-# A value this far of the way to the alarm has left its range: where an unbroken run of them starts is the onset.
+# A value this far of the way to the alarm has left its range: where an unbroken run of them starts is the
+# onset.
 ONSET_SCORE = 0.5
 
 
@@ -80,7 +81,7 @@ def from_states(window: int, state: Mapping[str, Any]) -> dict[str, Track]:
 
 
 def innermost(layers: Sequence[str]) -> list[str]:
-    """Layers that contain no other of them: where a container's own parameters take part, its name does not tell.
+    """Layers that contain no other of them: a container's name does not tell where its own parameters are used.
 
     Example:
         >>> innermost(["(root)", "blocks.0", "blocks.0.mlp", "blocks.1"])
@@ -99,8 +100,9 @@ def origin(
     Args:
         tracks: By layer.
         layers: Those of this step, in the order of the forward pass; one at least has an onset.
-        ties: Of layers with the same onset, whether the first in the forward pass is the origin (outputs), the
-            last (gradients, which the backward pass carries from there), or the one with the highest score.
+        ties: Of layers with the same onset, whether the first in the forward pass is the origin (outputs),
+            the last (gradients, which the backward pass carries from there), or the one with the highest
+            score.
 
     Returns:
         The layer, and those that followed: in the order of time, then of the forward pass.

@@ -12,8 +12,8 @@ def update_rms_detector(*, limit: float = 10.0, ratio: float = 3.0) -> QuantityR
     """Gradients that Adam's second moment has not caught up with.
 
     Args:
-        limit: √mean(g²/v̂). Above 2.3 in an early layer a loss spike follows within 8 steps (2304.13013); clean runs
-            on small batches reach 7.
+        limit: √mean(g²/v̂). Above 2.3 in an early layer a loss spike follows within 8 steps (2304.13013);
+            clean runs on small batches reach 7.
         ratio: The same over its median.
 
     Source:
@@ -33,8 +33,8 @@ def update_ratio_detector(*, limit: float = 0.3, ratio: float = 3.0) -> Quantity
     """Updates of the size of their weights.
 
     Args:
-        limit: Norm of the change over norm of the weights. About 1e-3 is usual practice; clean runs of small models
-            reach 0.1 after the first steps.
+        limit: Norm of the change over norm of the weights. About 1e-3 is usual practice; clean runs of small
+            models reach 0.1 after the first steps.
         ratio: The same over its median.
 
     Source:

@@ -13,18 +13,20 @@ _ALIVE = math.log(10)
 
 
 class VanishingGradientDetector:
-    """Alerts when a layer's gradient norm falls to nothing, or by orders of magnitude, while others keep theirs.
+    """Alerts when a layer's gradient falls by orders of magnitude, or to zero, while others keep theirs.
 
-    A layer is dead ("dead-layer") when its gradient is exactly zero for ``num_steps`` steps in a row, and vanishing
-    ("vanishing-gradient") when it is below the median of its last ``window`` values by ``ratio`` and by
-    ``num_spreads`` of their spread for as long; both only while at least one other layer's is within a factor 10 of
-    its own median, because a training that has learned everything has small gradients everywhere. Of several layers
-    that go at the same step the last in the forward pass is named: what dies there, dies before it too.
+    A layer is dead ("dead-layer") when its gradient is exactly zero for ``num_steps`` steps in a row, and
+    vanishing ("vanishing-gradient") when it is below the median of its last ``window`` values by ``ratio``
+    and by ``num_spreads`` of their spread for as long; both only while at least one other layer's is within a
+    factor 10 of its own median, because a training that has learned everything has small gradients
+    everywhere. Of several layers that go at the same step the last in the forward pass is named: what dies
+    there, dies before it too.
 
     Args:
         ratio: Median over norm that counts as vanished.
         num_spreads: Robust standard deviations under the median.
-        num_steps: Steps in a row before the verdict; a single batch may leave a layer out (experts, rare tokens).
+        num_steps: Steps in a row before the verdict; a single batch may leave a layer out (experts, rare
+            tokens).
         window: Values that the median covers.
         min_history: Values before the first verdict on a vanishing gradient.
 
