@@ -135,13 +135,13 @@ def judge(
 
 
 def report(
-    result: Result, directory: Path, console: Console, *, facts: Mapping[str, Any], with_cases: bool
+    result: Result, files: Path, console: Console, *, facts: Mapping[str, Any], with_cases: bool
 ) -> None:
-    """Prints a score and writes `score.json`, `score.md` and `score.png`.
+    """Prints a score and writes it as .json, .md and .png.
 
     Args:
         result: What was scored.
-        directory: Where to write.
+        files: Where to write, without the extension.
         console: Shows the table.
         facts: What to keep beside the scores.
         with_cases: Whether to list every miss, wrong layer and false alarm.
@@ -149,11 +149,11 @@ def report(
     console.print(score_table(result))
     if with_cases:
         console.print("\n".join(cases(result)), highlight=False, markup=False, soft_wrap=True)
-    write_json(directory / "score.json", {**facts, **summary(result)})
+    write_json(files.with_suffix(".json"), {**facts, **summary(result)})
     table = markdown_table(HEADINGS, rows(result))
-    (directory / "score.md").write_text(f"{table}\n{false_alarm_line(result)}\n", encoding="utf-8")
-    draw_figure(directory / "score.png", result)
-    console.print(f"Written: score.json, score.md and score.png in {directory}.", soft_wrap=True)
+    files.with_suffix(".md").write_text(f"{table}\n{false_alarm_line(result)}\n", encoding="utf-8")
+    draw_figure(files.with_suffix(".png"), result)
+    console.print(f"Written: {files}.json, .md and .png.", soft_wrap=True)
 
 
 def compare_peers(
@@ -272,7 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             losses = {run: recording.losses for run, recording in recordings.items()}
             result = result_of("stability-probes", verdicts, departures(losses))
             facts = {**_facts(arguments, started), "half": options.half, "without": options.without}
-            report(result, options.directory, console, facts=facts, with_cases=options.cases)
+            name = "-".join(["score", *(f"without-{q.replace('/', '-')}" for q in options.without)])
+            report(result, options.directory / name, console, facts=facts, with_cases=options.cases)
     except KeyboardInterrupt:
         console.print("Interrupted; the same command goes on where it stopped.")
         return 130

@@ -54,6 +54,8 @@ def test_record_resumes_and_score_reports(tmp_path, small_suite, capsys):
     ]
     assert main(["score", "--half", "tuning", "--in", directory, "--cases"]) == 0
     assert "nan-gradient" in capsys.readouterr().out
+    assert main(["score", "--half", "tuning", "--in", directory, "--without", "attention/entropy"]) == 0
+    assert (tmp_path / "new" / "score-without-attention-entropy.json").exists()
     content = json.loads((tmp_path / "new" / "score.json").read_text())
     assert content["all"]["recall"]["value"] == 1
     assert content["clean_steps"] == 24
