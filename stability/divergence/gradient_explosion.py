@@ -99,7 +99,7 @@ class GradientExplosionDetector:
             if excess >= threshold:
                 level = max(level, 2 if excess >= self._divergence else 1)
         if not judged or level <= self._reported:
-            if judged and not any(self._tracks[layer].score >= 1 for layer in judged):
+            if judged and all(self._tracks[layer].onset is None for layer in judged):
                 self._reported = 0
             return []
         self._reported = level

@@ -9,7 +9,7 @@ from typing import Any
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings
 from stability.divergence.remedies import REMEDIES
 from stability.divergence.running_range import RunningRange
-from stability.divergence.track import MAX_EVIDENCE
+from stability.divergence.track import MAX_EVIDENCE, ONSET_SCORE
 
 
 class LossDetector:
@@ -68,8 +68,11 @@ class LossDetector:
             )
         if not 1 <= min_history <= window:
             raise ValueError(f"min_history must lie in [1, window={window}]; got {min_history}.")
-        if not 1 <= shift_steps <= trend_steps:
-            raise ValueError(f"shift_steps must lie in [1, trend_steps={trend_steps}]; got {shift_steps}.")
+        if not 1 <= shift_steps <= min(trend_steps, MAX_EVIDENCE):
+            raise ValueError(
+                f"shift_steps must lie in [1, {min(trend_steps, MAX_EVIDENCE)}], the trend and the evidence; "
+                f"got {shift_steps}."
+            )
         self._name = name
         self._spike = spike_spreads
         self._spike_ratio = spike_ratio
@@ -125,7 +128,9 @@ class LossDetector:
         if is_spike:
             onset, what = step, f"{score:.1f} × its noise of {noise:.2g}"
         else:
-            onset = self._recent[-min(self._shift_steps, len(self._recent))][0]
+            steps = [at for at, _ in self._recent][-self._shift_steps :]
+            scores = zip(steps, self._scores.values, strict=True)
+            onset = next(at for at, score in scores if score >= ONSET_SCORE * self._shift)
             what = f"and has been {shift:.1f} × its noise of {noise:.2g} above for {self._shift_steps} steps"
         return [
             Alert(

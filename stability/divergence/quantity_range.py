@@ -93,8 +93,9 @@ class QuantityRangeDetector:
             track.add(step, value, score)
         if not judged:
             return []
-        is_out = any(self._tracks[layer].score >= 1 for layer in judged)
-        begins, self._is_reported = is_out and not self._is_reported, is_out
+        begins = not self._is_reported and any(self._tracks[layer].score >= 1 for layer in judged)
+        self._is_reported |= begins
+        self._is_reported &= any(self._tracks[layer].onset is not None for layer in judged)
         return [self._alert(step, judged)] if begins else []
 
     def state_dict(self) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def from_states(window: int, state: Mapping[str, Any]) -> dict[str, Track]:
 
 
 def innermost(layers: Sequence[str]) -> list[str]:
-    """Layers that contain no other of them: a container's name does not tell where its own parameters are used.
+    """Layers that contain no other of them: a container's name says little of its own parameters.
 
     Example:
         >>> innermost(["(root)", "blocks.0", "blocks.0.mlp", "blocks.1"])

@@ -16,7 +16,7 @@ _SHORTEST_HABIT = 5
 class WeightJumpDetector:
     """Alerts when a layer's weight norm changes in a step far beyond its own and the other layers' habit.
 
-    Of each layer, d is the size of log w(t) − log w(t−1), a step. Its excess e is log d over the median of its
+    Of each layer, d is the size of log w(t) − log w(t−1). Its excess e is log d over the median of its
     last ``window`` changes, or over that and the median excess of all layers: what all layers do at once is
     the learning rate's doing, not theirs. A layer has jumped when its surprise d eᵉ, the change times how
     unusual it is, reaches ``surprise``, d reaches ``min_change`` and eᵉ ``ratio``. What all layers do is an

@@ -282,7 +282,7 @@ def test_state_taken_for_a_checkpoint_includes_the_last_step() -> None:
         state = probe.state_dict()
     (_, detector_state) = state["detectors"][0]
     assert state["step"] == 3
-    assert len(detector_state["history"]["(root)"]) == 3
+    assert len(detector_state["tracks"]["(root)"]["range"]) == 3
 
 
 def test_attention_may_come_in_a_later_phase_of_the_step() -> None:

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from stability.divergence import Alert, GradientExplosionDetector
+
+
+def feed(detector: GradientExplosionDetector, norms: list[dict[str, float]]) -> list[Alert]:
+    return [alert for step, norm in enumerate(norms) for alert in detector.update(step, {"grad_norm": norm})]
+
+
+def noisy(steps: int, seed: int = 0) -> list[dict[str, float]]:
+    noise = np.random.default_rng(seed).lognormal(0.0, 0.5, (steps, 3))
+    return [dict(zip("abc", row.tolist(), strict=True)) for row in noise]
+
+
+def test_ordinary_noise_is_quiet() -> None:
+    for seed in range(20):
+        assert feed(GradientExplosionDetector(), noisy(500, seed)) == []
+
+
+@pytest.mark.parametrize("rate", [-1 / 50, 1 / 10])
+def test_a_steady_trend_is_quiet(rate: float) -> None:
+    norms = [{"a": 100 * math.exp(rate * step)} for step in range(600)]
+    assert feed(GradientExplosionDetector(), norms) == []
+
+
+def test_an_explosion_warns_then_says_divergence() -> None:
+    growth = [{"a": 1.0, "b": 3.0**step, "c": 1.0} for step in range(12)]
+    warning, divergence = feed(GradientExplosionDetector(), noisy(60) + growth)
+    assert (warning.layer, warning.severity) == ("b", "warning")
+    assert (divergence.layer, divergence.severity) == ("b", "divergence")
+    assert warning.value >= 99 * warning.reference
+    assert divergence.value >= 9999 * divergence.reference
+    assert warning.onset_step < warning.step
+    assert warning.evidence[-1] == (warning.step, warning.value)
+    assert "reaches 1e+04 × in about" in warning.reason
+    assert "% a step" in warning.reason
+
+
+def test_the_origin_is_the_layer_that_left_its_range_first() -> None:
+    # "a" is the louder one when the alarm comes, but "b" began two steps earlier.
+    growth = [{"a": 1.0 if step < 2 else 5.0 ** (step - 1), "b": 4.0 ** (step + 1)} for step in range(6)]
+    calm = [{"a": 1.0, "b": 1.0}] * 30
+    alert = feed(GradientExplosionDetector(), calm + growth)[0]
+    assert (alert.layer, alert.onset_step) == ("b", 31)
+    assert alert.spread in ((), ("a",))
+
+
+def test_the_layer_nearest_to_the_loss_is_named() -> None:
+    together = [{"a": 1e6, "b": 1e3, "c": 1.0}]
+    (alert,) = feed(GradientExplosionDetector(), noisy(60) + together)
+    assert alert.layer == "b"
+    assert alert.spread == ("a",)
+
+
+def test_spikes_and_the_whole_models_norm_say_nothing() -> None:
+    norms = [{"a": 1.0, "(all)": 1e9} for _ in range(60)]
+    norms[40]["a"] = 20.0
+    assert feed(GradientExplosionDetector(), norms) == []
+
+
+def test_a_zero_or_broken_gradient_has_no_logarithm() -> None:
+    norms = [{"a": 1.0}] * 30 + [{"a": 0.0}, {"a": math.nan}, {"a": math.inf}] + [{"a": 1.0}] * 3
+    assert feed(GradientExplosionDetector(), norms) == []
+
+
+def test_a_level_that_stays_becomes_the_ordinary_one() -> None:
+    detector = GradientExplosionDetector(window=20, min_history=10)
+    alerts = feed(detector, [{"a": 1.0}] * 30 + [{"a": 500.0}] * 40 + [{"a": 500.0 * 500.0}])
+    assert [alert.step for alert in alerts] == [30, 70]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"warning_ratio": 1.0}, "1 < warning_ratio <= divergence_ratio; got 1.0"),
+        ({"warning_ratio": 1e5}, "1 < warning_ratio"),
+        ({"min_history": 0}, "min_history must lie in"),
+        ({"min_history": 101}, "min_history must lie in"),
+        ({"num_spreads": -1.0}, "num_spreads must be at least 0; got -1"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GradientExplosionDetector(**arguments)

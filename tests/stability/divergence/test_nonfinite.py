@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from stability.divergence import NonFiniteDetector
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("readings", "layer", "quantity"),
+    [
+        # A broken weight explains everything after it.
+        ({"weight_norm": {"a": 1, "b": NAN}, "activation_rms": {"a": 1, "b": NAN}}, "b", "weight_norm"),
+        # Outputs break forward: the first one is the origin.
+        ({"activation_rms": {"a": 1, "b": math.inf, "c": NAN}}, "b", "activation_rms"),
+        # Gradients break backward: the last one is.
+        ({"grad_norm": {"a": NAN, "b": NAN, "c": 1, "(all)": NAN}}, "b", "grad_norm"),
+        ({"activation_grad_norm": {"a": NAN, "b": 1}}, "a", "activation_grad_norm"),
+        # Every gradient broke with the loss: before the backward pass.
+        ({"loss": {"(all)": NAN}, "grad_norm": {"a": NAN, "b": NAN, "(all)": NAN}}, "a", "loss"),
+        ({"grad_norm": {"a": NAN, "b": NAN}}, "a", "grad_norm"),
+        # The root's own parameters may be used anywhere.
+        ({"grad_norm": {"a": NAN, "b": NAN, "c": 1, "(root)": NAN}}, "b", "grad_norm"),
+        ({"update_ratio": {"a": 1, "b": math.inf}}, "b", "update_ratio"),
+        ({"adam_update_rms": {"a": NAN, "b": 1}}, "a", "adam_update_rms"),
+        ({"loss": {"(all)": NAN}}, "(all)", "loss"),
+        ({"loss": {"(all)": NAN}, "grad_norm": {"a": 1.0}}, "(all)", "loss"),
+    ],
+)
+def test_it_names_the_origin(readings: dict, layer: str, quantity: str) -> None:
+    (alert,) = NonFiniteDetector().update(3, readings)
+    assert (alert.layer, alert.quantity, alert.severity, alert.step) == (layer, quantity, "divergence", 3)
+    assert alert.kind == "non-finite"
+    assert alert.onset_step == 3
+    assert not math.isfinite(alert.value)
+
+
+def test_the_evidence_is_what_the_layer_was_before() -> None:
+    detector = NonFiniteDetector()
+    for step in range(20):
+        detector.update(step, {"weight_norm": {"a": 1.0 + step}})
+    (alert,) = detector.update(20, {"weight_norm": {"a": math.inf}})
+    assert alert.evidence[-2:] == ((19, 20.0), (20, math.inf))
+    assert len(alert.evidence) <= 16
+
+
+def test_an_episode_alerts_once() -> None:
+    detector = NonFiniteDetector()
+    steps = [1.0, NAN, NAN, 1.0, NAN]
+    alerts = [len(detector.update(i, {"grad_norm": {"a": value}})) for i, value in enumerate(steps)]
+    assert alerts == [0, 1, 0, 0, 1]
+
+
+def test_finite_numbers_of_any_size_are_quiet() -> None:
+    assert NonFiniteDetector().update(0, {"grad_norm": {"a": 1e300, "b": 0.0}}) == []
+    assert (
+        NonFiniteDetector().update(0, {"grad_norm": {"a": 1.7e308, "b": 1.7e308}}) == []
+    )  # their sum is not
+    assert NonFiniteDetector().update(0, {"attention/max_logit": {"a": -math.inf}}) == []  # no row had a key
+
+
+def test_steps_that_a_scaler_skips_are_excused_until_it_can_no_longer_be_the_scale() -> None:
+    detector = NonFiniteDetector(max_skipped=3)
+    skipped = {"grad_norm": {"a": math.inf}, "skipped_step": {"(all)": 1.0}}
+    assert [len(detector.update(step, skipped)) for step in range(5)] == [0, 0, 0, 1, 0]
+    assert detector.update(5, {"grad_norm": {"a": 1.0}, "skipped_step": {"(all)": 0.0}}) == []
+    assert detector.update(6, skipped) == []
+    assert len(NonFiniteDetector().update(0, {**skipped, "loss": {"(all)": NAN}})) == 1
+
+
+def test_a_bad_number_of_skipped_steps() -> None:
+    with pytest.raises(ValueError, match="max_skipped must be at least 0; got -1"):
+        NonFiniteDetector(max_skipped=-1)

@@ -1,0 +1,87 @@
+"""What is saved with a checkpoint: whoever resumes hears the same."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+
+from stability.divergence import (
+    Detector,
+    GradientExplosionDetector,
+    InitialisationDetector,
+    LossDetector,
+    NonFiniteDetector,
+    VanishingGradientDetector,
+    WeightJumpDetector,
+    default_detectors,
+    entropy_collapse_detector,
+    logit_growth_detector,
+    update_ratio_detector,
+)
+from tests.stability.divergence.series import Step, verdicts, with_fault
+
+DETECTORS: list[Callable[[], Detector]] = [
+    lambda: default_detectors()[0],
+    NonFiniteDetector,
+    WeightJumpDetector,
+    InitialisationDetector,
+    GradientExplosionDetector,
+    VanishingGradientDetector,
+    LossDetector,
+    entropy_collapse_detector,
+    logit_growth_detector,
+    update_ratio_detector,
+]
+
+
+def everything_goes_wrong(readings: Step, since: int) -> None:
+    """Every detector has something to say, and then something more."""
+    for quantity in ("attention/max_logit", "attention/entropy", "update_ratio"):
+        for layer in readings.get(quantity, {}):
+            readings[quantity][layer] *= 1e3 if quantity != "attention/entropy" else 1e-3
+    readings["weight_norm"]["head"] *= 1.1**since
+    readings["grad_norm"]["embedding"] = 0.0
+    readings["grad_norm"]["head"] *= 2.0**since
+    readings["loss"]["(all)"] *= 1.5**since
+    if since % 9 == 8:
+        readings["grad_norm"]["blocks.0.mlp"] = math.nan
+
+
+@pytest.mark.parametrize("make", DETECTORS)
+@pytest.mark.parametrize("cut", [0, 1, 17, 60, 101, 110, 113, 118, 130])
+def test_save_load_resume_gives_the_same_verdicts(make: Callable[[], Detector], cut: int) -> None:
+    series = list(with_fault(160, 100, everything_goes_wrong, seed=3))
+    uninterrupted = make()
+    before = verdicts(uninterrupted, series[:cut])
+    resumed = make()
+    resumed.load_state_dict(json.loads(json.dumps(uninterrupted.state_dict())))
+    after, expected = verdicts(resumed, series[cut:]), verdicts(uninterrupted, series[cut:])
+    assert repr(after) == repr(expected)  # NaN is not equal to itself
+    if make is not InitialisationDetector and cut <= 100:
+        assert not before
+        assert expected
+    # and the state itself goes on the same
+    assert json.dumps(resumed.state_dict()) == json.dumps(uninterrupted.state_dict())
+
+
+@pytest.mark.parametrize("make", DETECTORS)
+def test_a_saved_state_does_not_change_with_the_detector(make: Callable[[], Detector]) -> None:
+    detector = make()
+    series = list(with_fault(160, 100, everything_goes_wrong))
+    verdicts(detector, series[:105])
+    state = detector.state_dict()
+    text = json.dumps(state)
+    verdicts(detector, series[105:])
+    assert json.dumps(state) == text
+
+
+def test_verdicts_are_deterministic() -> None:
+    runs = [
+        verdicts(default_detectors()[0], with_fault(160, 100, everything_goes_wrong, seed=5))
+        for _ in range(2)
+    ]
+    assert repr(runs[0]) == repr(runs[1])
+    assert runs[0]

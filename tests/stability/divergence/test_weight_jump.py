@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from stability.divergence import WeightJumpDetector
+from tests.stability.divergence.series import LAYERS, Step, healthy, scaled, verdicts, with_fault
+
+
+@pytest.mark.parametrize("factor", [40.0, 1.3, 0.05])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_scaled_weights_are_named_at_their_own_step(layer: str, factor: float) -> None:
+    fault = scaled("weight_norm", layer, lambda since: factor)
+    (alert,) = verdicts(WeightJumpDetector(), with_fault(160, 110, fault))
+    assert (alert.step, alert.onset_step, alert.layer, alert.kind) == (110, 110, layer, "weight-jump")
+    assert alert.value == pytest.approx(factor * alert.reference, rel=0.02)
+    assert alert.evidence[-1] == (110, alert.value)
+
+
+def test_weights_that_grow_step_by_step_are_seen_at_the_first_ones() -> None:
+    fault = scaled("weight_norm", "head", lambda since: 1.05 ** (since + 1))
+    (alert,) = verdicts(WeightJumpDetector(), with_fault(160, 110, fault))
+    assert alert.layer == "head"
+    assert alert.step <= 112
+
+
+def test_what_all_layers_do_is_the_learning_rates() -> None:
+    def fault(readings: Step, since: int) -> None:
+        for i, layer in enumerate(LAYERS):
+            readings["weight_norm"][layer] *= (1.05 + 0.01 * i) ** (since + 1)
+
+    (alert,) = verdicts(WeightJumpDetector(), with_fault(160, 110, fault))
+    assert (alert.layer, alert.step) == ("(all)", 110)
+    assert "learning rate" in alert.reason
+
+
+def test_a_restart_that_comes_back_to_a_rate_seen_before_is_quiet() -> None:
+    weights = dict.fromkeys(LAYERS, 10.0)
+    detector = WeightJumpDetector()
+    for step in range(400):
+        rate = 1e-2 * (0.01 + 0.99 * (1 + math.cos(math.pi * (step % 100) / 100)) / 2)
+        for i, layer in enumerate(LAYERS):
+            weights[layer] *= 1 + rate * math.sin(step * (i + 1))
+        assert not detector.update(step, {"weight_norm": dict(weights)})
+
+
+def test_faults_before_there_is_a_habit_have_to_be_large() -> None:
+    small = scaled("weight_norm", "head", lambda since: 1.02)
+    large = scaled("weight_norm", "head", lambda since: 40.0)
+    assert not verdicts(WeightJumpDetector(), with_fault(30, 12, small))
+    assert [a.layer for a in verdicts(WeightJumpDetector(), with_fault(30, 12, large))] == ["head"]
+
+
+def test_gaps_in_the_steps_count_as_many_small_changes() -> None:
+    detector = WeightJumpDetector()
+    for step in range(100):
+        detector.update(step, {"weight_norm": {layer: 1.01**step for layer in LAYERS}})
+    assert not detector.update(140, {"weight_norm": {layer: 1.01**140 for layer in LAYERS}})
+
+
+def test_steps_that_update_nothing_are_no_habit() -> None:
+    detector = WeightJumpDetector()
+    for step in range(60):  # a scaler skips, or the learning rate is zero
+        assert not detector.update(step, {"weight_norm": dict.fromkeys(LAYERS, 1.0)})
+    for step, readings in enumerate(healthy(60), start=60):
+        assert not detector.update(step, readings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"surprise": 0.0}, "surprise and min_change must be positive; got 0.0"),
+        ({"ratio": 1.0}, "ratio and common_ratio must be above 1; got 1.0"),
+        ({"min_history": 65}, "min_history must lie in"),
+        ({"min_layers": 1}, "min_layers must be at least 2; got 1"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WeightJumpDetector(**arguments)
