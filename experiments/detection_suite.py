@@ -14,7 +14,8 @@ from typing import Literal
 
 import torch
 
-from experiments.detection_faults import KINDS, Fault, candidate_layers
+from experiments.detection_faults import KINDS, Fault
+from experiments.detection_layers import candidate_layers
 from experiments.detection_models import SETUPS, Schedule
 
 Half = Literal["tuning", "scoring"]
