@@ -62,6 +62,7 @@ def default_detectors() -> list[Detector]:
                 WeightJumpDetector(),
                 InitialisationDetector(),
                 GradientExplosionDetector(),
+                GradientExplosionDetector("activation_grad_norm"),
                 VanishingGradientDetector(),
                 LossDetector(),
                 logit_growth_detector(),
