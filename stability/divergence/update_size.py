@@ -13,7 +13,7 @@ def update_rms_detector(*, limit: float = 10.0, ratio: float = 3.0) -> QuantityR
 
     Args:
         limit: √mean(g²/v̂). Above 2.3 in an early layer a loss spike follows within 8 steps (2304.13013);
-            clean runs on small batches reach 7.
+            clean runs on small batches reach 4.
         ratio: The same over its median.
 
     Source:

@@ -220,16 +220,16 @@ class TestLettingGo:
     def test_the_default_periods(self) -> None:
         model, optimizer = linear()
         with probes.attach(model, optimizer) as probe:
-            for _ in range(101):
+            for _ in range(201):
                 one_step(model, optimizer, torch.ones(1, 2))
         steps = {
             quantity: sorted({r.step for r in probe.records if r.quantity == quantity})
             for quantity in ("grad_norm", "activation_rms", "update_ratio")
         }
         assert steps == {
-            "grad_norm": list(range(101)),
-            "activation_rms": list(range(0, 101, 10)),
-            "update_ratio": [0, 100],
+            "grad_norm": list(range(201)),
+            "activation_rms": list(range(0, 201, 10)),
+            "update_ratio": [0, 200],
         }
 
     def test_a_script_that_never_closes_loses_nothing(self, tmp_path: Path) -> None:
