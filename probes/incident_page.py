@@ -267,7 +267,7 @@ def _rows(by_layer: dict[str, Any], order: Sequence[str], alert: Alert | None) -
         return position.get(layer, len(order))
 
     wanted = {alert.layer, *alert.spread[: MAX_ROWS // 2]} if alert else set()
-    # Every tenth step measures blocks, every hundredth all layers: rows that are nearly empty say little.
+    # Every tenth step measures blocks, every two hundredth all layers: rows that are nearly empty say little.
     fullest = max(map(len, by_layer.values()))
     layers = [layer for layer in by_layer if len(by_layer[layer]) > fullest // 2 or layer in wanted]
     layers.sort(key=lambda layer: place(layer.split("/call_")[0]))

@@ -1,6 +1,6 @@
 """Updates that are too large for their weights or for Adam's second moment: one detector per quantity.
 
-They read what a probe records in detail, every hundredth step by default.
+They read what a probe records in detail, every two hundredth step by default.
 """
 
 from __future__ import annotations
