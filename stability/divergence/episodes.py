@@ -76,7 +76,8 @@ class EpisodeDetector:
         if self._origin is None:
             self._origin, *alerts = alerts
             self._consequences = []
-        self._consequences += [f"{alert.kind} in {alert.layer} at step {step}" for alert in alerts]
+        followed = [f"{alert.kind} in {alert.layer} at step {step}" for alert in alerts]
+        self._consequences = (self._consequences + followed)[:_MAX_CONSEQUENCES]
         diverges = self._origin.severity == "warning" and any(a.severity == "divergence" for a in alerts)
         if diverges:
             self._origin = replace(self._origin, severity="divergence")
@@ -84,8 +85,7 @@ class EpisodeDetector:
             return []
         reason = self._origin.reason
         if self._consequences:
-            followed = self._consequences[:_MAX_CONSEQUENCES]
-            reason += f" What followed: {', '.join(followed)}."
+            reason += f" What followed: {', '.join(self._consequences)}."
         return [replace(self._origin, step=step, reason=reason)]
 
     def state_dict(self) -> dict[str, Any]:

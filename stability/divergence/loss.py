@@ -29,7 +29,7 @@ class LossDetector:
             second clean run of a small convolutional network.
         spike_ratio: Residual over the largest in the window. Calibrated: clean runs reach 6.6, bad batches
             begin at 13 (docs/detectors.md).
-        shift_spreads: Calibrated: clean runs reach 1.7, label noise begins at 4.
+        shift_spreads: Calibrated: clean runs reach 3.0, label noise begins at 4.7.
         shift_steps: Steps that a shift is read from.
         trend_steps: Steps that the trend is read from.
         window: Residuals that the noise is read from.
@@ -54,7 +54,7 @@ class LossDetector:
         name: str = "loss",
         spike_spreads: float = 5.0,
         spike_ratio: float = 8.0,
-        shift_spreads: float = 2.7,
+        shift_spreads: float = 3.5,
         shift_steps: int = 8,
         trend_steps: int = 16,
         window: int = 200,

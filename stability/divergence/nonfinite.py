@@ -117,13 +117,11 @@ class NonFiniteDetector:
             inner = innermost(broken)
             layer = inner[0 if quantity in _FIRST_LAYER or len(broken) == len(layers) else -1]
             how_many = f"{len(broken)} of {len(layers)} layers"
-            # Logits that are broken everywhere came in broken: what precedes attention is not measured as
-            # often.
+            # Logits that are broken in every layer came in broken: before attention less is measured.
             is_unclear = quantity == _LOSS or (quantity == _LOGITS and len(broken) == len(layers))
             if is_unclear and not is_excused:
                 layer, how_many = self._where_all_gradients_broke(readings) or (layer, how_many)
-            value = values.get(layer, values.get(ALL_LAYERS, math.nan))
-            return self._alert(step, layer, quantity, value, broken, how_many)
+            return self._alert(step, layer, quantity, broken, how_many)
         return None
 
     def _where_all_gradients_broke(self, readings: Readings) -> tuple[str, str] | None:
@@ -134,12 +132,11 @@ class NonFiniteDetector:
             return innermost(broken)[0], how_many
         return None
 
-    def _alert(
-        self, step: int, layer: str, quantity: str, value: float, broken: list[str], how_many: str
-    ) -> Alert:
-        evidence = tuple(
-            (at, values[layer]) for at, values in self._recent.get(quantity, ()) if layer in values
-        )
+    def _alert(self, step: int, layer: str, quantity: str, broken: list[str], how_many: str) -> Alert:
+        recent = self._recent[quantity]
+        shown = layer if layer in recent[-1][1] else broken[0]  # the loss, of a layer that has none
+        evidence = tuple((at, values[shown]) for at, values in recent if shown in values)
+        value = evidence[-1][1]
         return Alert(
             step,
             layer,

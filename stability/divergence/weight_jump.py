@@ -163,7 +163,7 @@ class WeightJumpDetector:
                 "warning",
                 change,
                 reference,
-                f"the weights of all layers change by {change:.2%} in a step (median), {ratio:.3g} × "
+                f"the weights of all layers change by {100 * change:.2g} % in a step (median), {ratio:.3g} × "
                 "the most so far: look at the learning rate.",
                 kind="weight-jump",
                 onset_step=step,
@@ -189,8 +189,8 @@ class WeightJumpDetector:
                 "warning",
                 norm,
                 before,
-                f"weight norm went from {before:.3g} to {norm:.3g}: {change:.1%} in a step, where "
-                f"{habit:.1%} is its habit and the other layers keep to theirs.",
+                f"weight norm went from {before:.3g} to {norm:.3g}: {100 * change:.2g} % in a step, where "
+                f"{100 * habit:.1g} % is its habit and the other layers keep to theirs.",
                 kind="weight-jump",
                 onset_step=track.onset,
                 evidence=tuple(track.recent),

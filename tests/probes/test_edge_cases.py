@@ -242,6 +242,36 @@ def test_the_whole_model_is_the_whole_model_and_thawed_layers_are_seen() -> None
     assert {r.layer for r in narrow.records if r.quantity == "grad_norm"} == {"1", "(all)"}
 
 
+def test_a_weight_that_breaks_is_named_at_its_own_step() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probes.attach(model, optimizer, on_divergence="ignore") as probe:
+        for step in range(4):
+            if step == 3:
+                with torch.no_grad():
+                    model[1].weight[0, 0] = math.nan
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    (alert,) = probe.alerts
+    assert (alert.step, alert.layer, alert.quantity) == (3, "1", "weight_norm")
+
+
+def test_weights_are_measured_before_the_step_and_without_an_optimizer_too() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.weight.norm().item()
+    with probes.attach(model, optimizer) as probe:
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    after = model.weight.norm().item()
+    with probes.attach(model) as by_hand:
+        model(torch.ones(1, 2)).sum().backward()
+        by_hand.step()
+    assert values_of(probe, "weight_norm", "(root)") == [pytest.approx(before)]
+    assert values_of(by_hand, "weight_norm", "(root)") == [pytest.approx(after)]
+
+
 def test_a_closure_without_gradients_before_it_records_weights_and_updates() -> None:
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -224,10 +224,11 @@ class TestLettingGo:
                 one_step(model, optimizer, torch.ones(1, 2))
         steps = {
             quantity: sorted({r.step for r in probe.records if r.quantity == quantity})
-            for quantity in ("grad_norm", "activation_rms", "update_ratio")
+            for quantity in ("grad_norm", "weight_norm", "activation_rms", "update_ratio")
         }
         assert steps == {
             "grad_norm": list(range(201)),
+            "weight_norm": list(range(201)),
             "activation_rms": list(range(0, 201, 10)),
             "update_ratio": [0, 200],
         }

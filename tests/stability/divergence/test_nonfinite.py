@@ -47,6 +47,14 @@ def test_the_evidence_is_what_the_layer_was_before() -> None:
     assert len(alert.evidence) <= 16
 
 
+def test_a_loss_that_breaks_with_every_gradient_shows_the_loss_as_evidence() -> None:
+    detector = NonFiniteDetector()
+    detector.update(0, {"loss": {"(all)": 2.0}, "grad_norm": {"a": 1.0, "b": 1.0}})
+    (alert,) = detector.update(1, {"loss": {"(all)": math.inf}, "grad_norm": {"a": NAN, "b": NAN}})
+    assert (alert.layer, alert.quantity) == ("a", "loss")
+    assert alert.evidence == ((0, 2.0), (1, math.inf))
+
+
 def test_an_episode_alerts_once() -> None:
     detector = NonFiniteDetector()
     steps = [1.0, NAN, NAN, 1.0, NAN]
