@@ -108,7 +108,7 @@ class Size:
 
 SIZES = {
     "tuning": Size(8, range(100, 104), clean_steps=600, large_runs=1, large_steps=600),
-    "scoring": Size(22, range(1000, 1006), clean_steps=700, large_runs=5, large_steps=1000),
+    "scoring": Size(22, range(2000, 2006), clean_steps=700, large_runs=5, large_steps=1000),
 }
 
 
