@@ -88,7 +88,7 @@ class RankTransformer(CellEncoder):
         x = self.gene_embedding(tokens)
         x = x + self.rank_group_embedding(rank // RANKS_PER_GROUP)
         x = x + self.rank_place_embedding(rank % RANKS_PER_GROUP)
-        masked = self.encode(x, lengths).flatten(0, 1)[hidden]
+        masked = self.encode(x, lengths).flatten(0, 1).index_select(0, hidden)
         return nn.functional.linear(masked, self.gene_embedding.weight[:-1], self.head_bias)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,36 @@ def markdown_table(runs: dict[str, RecordedRun], judgements: dict[str, LongJudge
     return "\n".join(lines) + "\n"
 
 
+def largest_learning_rates(runs: dict[str, RecordedRun], judgements: dict[str, LongJudgement]) -> str:
+    """Per ladder (runs that differ in rate and seed alone) the largest rate at which every seed learned.
+
+    Args:
+        runs: The runs by name.
+        judgements: Their judgements.
+
+    Returns:
+        One line a ladder; empty without any.
+    """
+    ladders: dict[str, dict[str, dict[float, list[str]]]] = {}
+    for name, run in runs.items():
+        same = dict(run.facts["config"])
+        mechanism, rate, _, _ = (same.pop(key) for key in ("mechanism", "learning_rate", "seed", "name"))
+        ladder = ladders.setdefault(json.dumps(same, sort_keys=True), {})
+        ladder.setdefault(mechanism, {}).setdefault(rate, []).append(judgements[name].verdict)
+    lines = []
+    for ladder in ladders.values():
+        tried = sorted({rate for verdicts in ladder.values() for rate in verdicts})
+        if len(tried) < 2:
+            continue
+        parts = []
+        for mechanism, verdicts in sorted(ladder.items()):
+            learned = [rate for rate in verdicts if set(verdicts[rate]) == {"learned"}]
+            parts.append(f"{mechanism} {max(learned):g}" if learned else f"{mechanism} none")
+        rates = ", ".join(f"{rate:g}" for rate in tried)
+        lines.append(f"Largest of the rates {rates} at which every seed learned: {'; '.join(parts)}.\n")
+    return "".join(lines)
+
+
 def strongest_pair(
     runs: dict[str, RecordedRun], judgements: dict[str, LongJudgement]
 ) -> tuple[RecordedRun, RecordedRun] | None:
@@ -179,6 +210,8 @@ def write_ledger(sources: Sequence[Path], out: Path) -> str:
     judgements = {name: judge_long_run(run) for name, run in runs.items()}
     out.mkdir(parents=True, exist_ok=True)
     table = markdown_table(runs, judgements)
+    if rates := largest_learning_rates(runs, judgements):
+        table += f"\n{rates}"
     (out / "ledger.md").write_text(table, encoding="utf-8")
     rows: list[dict[str, Any]] = [
         {**run.facts, "judgement": asdict(judgements[name]), "alerts": run.alerts[:20]}

@@ -79,14 +79,14 @@ QUESTIONS: tuple[Question, ...] = (
         "elsewhere is the regime's fault and not the harness's.",
         "Validation cross-entropy at least 0.3 nats below the unigram one, 6 of 6 runs. (Unigram 9.205; "
         "leaving out the genes that a cell shows and guessing by frequency would reach 7.97.)",
-        {"learning_rate": 3e-4, "clip_norm": 1.0, "batch_size": 2, "steps": 2000},
+        {"learning_rate": 5e-4, "schedule": "cosine", "clip_norm": 1.0, "batch_size": 2, "steps": 2000},
         seeds=(0, 1, 2),
     ),
     Question(
         "healthy-values",
         3,
         "The same of masked-value regression.",
-        "Explained variance above 0.2, 6 of 6 runs.",
+        "Explained variance above 0.2, 6 of 6 runs. (Each gene's mean alone explains 0.64.)",
         {"task": "values", "learning_rate": 3e-4, "clip_norm": 1.0},
         seeds=(0, 1, 2),
     ),

@@ -13,7 +13,9 @@ from experiments.stress_ledger import main, read_runs
 from probes.record import ALL_LAYERS, Series, StepRecords
 
 
-def write(folder: Path, name: str, mechanism: str, steps: int, factor: float = 1.0) -> Path:
+def write(
+    folder: Path, name: str, mechanism: str, steps: int, factor: float = 1.0, rate: float = 1e-3
+) -> Path:
     table = RecordTable()
     names = (ALL_LAYERS, "blocks.0.attention.query", "blocks.0.mlp.hidden")
     series = (Series(ALL_LAYERS, "loss"), *(Series(layer, "grad_norm") for layer in names))
@@ -22,7 +24,7 @@ def write(folder: Path, name: str, mechanism: str, steps: int, factor: float = 1
         values = np.array([9.5 - step / 1000, norm, norm, norm])
         table.write(StepRecords(step, series, values, np.full(4, math.nan)))
     facts = {
-        "config": {"name": name, "mechanism": mechanism},
+        "config": {"name": name, "mechanism": mechanism, "learning_rate": rate, "seed": 0, "tokens": 8192},
         "steps": steps,
         "is_finished": steps == 400,
         "metric": "cross-entropy, nats",
@@ -51,6 +53,15 @@ def test_table_json_and_figure_come_from_the_records(tmp_path, capsys):
     rows = json.loads((out / "ledger.json").read_text())["runs"]
     assert [row["judgement"]["verdict"] for row in rows] == ["learned", "exploded"]
     assert (out / "gradient_norms.png").stat().st_size > 10_000
+
+
+def test_largest_rates_at_which_every_seed_learned(tmp_path, capsys):
+    write(tmp_path, "rate-1e-3-softmax-seed0", "softmax", 400)
+    write(tmp_path, "rate-1e-2-softmax-seed0", "softmax", 400, factor=3e4, rate=1e-2)
+    write(tmp_path, "rate-1e-2-sigmoid-seed0", "sigmoid", 400, rate=1e-2)
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    said = "Largest of the rates 0.001, 0.01 at which every seed learned: sigmoid 0.01; softmax 0.001."
+    assert said in capsys.readouterr().out
 
 
 def test_of_a_run_in_pieces_the_longest_is_taken(tmp_path):

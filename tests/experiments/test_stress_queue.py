@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -72,15 +74,13 @@ def test_finished_runs_are_left_alone_and_set_the_pace(tmp_path):
     assert waiting._next() is None
 
 
-def test_a_run_that_fails_is_reported(tmp_path, capsys):
-    work = tmp_path / "work"
-    work.mkdir()
-    (work / f"{PAIR[0]}.pt").write_bytes(b"no checkpoint")
-    flags = ["--preset", "tiny", "--runs", PAIR[0], "--work", str(work), "--out", str(tmp_path / "out")]
+def test_runs_that_fail_are_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    flags = ["--preset", "tiny", "--runs", *PAIR, "--work", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main(flags) == 1
     printed = capsys.readouterr().out
-    assert "Traceback" in printed
-    assert f"Left: {PAIR[0]}." in printed
+    assert f"{PAIR[0]} ended (1)" in printed
+    assert f"Left: {', '.join(PAIR)}." in printed
 
 
 def test_archives_are_small_enough_to_be_carried(tmp_path, monkeypatch):
