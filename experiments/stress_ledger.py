@@ -28,7 +28,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = (
-    *("run", "steps", "baseline", "first steps", "peak", "sustained", "diverged at", "first layer"),
+    *(
+        "run",
+        "steps",
+        "s / step",
+        "baseline",
+        "first steps",
+        "peak",
+        "sustained",
+        "diverged at",
+        "first layer",
+    ),
     *("train loss", "validation loss", "reference", "gain", "healthy", "collapsed layers", "verdict"),
 )
 
@@ -87,6 +97,7 @@ def markdown_table(runs: dict[str, RecordedRun], judgements: dict[str, LongJudge
         cells = (
             name,
             steps,
+            _short(run.facts["seconds"] / max(1, run.facts["steps"]), 2),
             _short(judgement.baseline),
             _orders(judgement.first_steps),
             _orders(judgement.peak),

@@ -77,7 +77,7 @@ class Queue:
         self.running: list[Running] = []
         self.failed: list[str] = []
         self.pace = self._measured_pace()
-        # A finished run has records and no checkpoint.
+        # A finished run has records and no checkpoint; so has one that another machine cut, which is let be.
         self.waiting = [name for name in runs if self._is_cut(name) or not self._paths(name).records.exists()]
 
     def work(self) -> None:
@@ -102,7 +102,7 @@ class Queue:
             return None
         for name in self.waiting:
             question, config = self.runs[name]
-            seconds = estimated_seconds(config) * self.pace
+            seconds = START_SECONDS + estimated_seconds(config) * self.pace
             if self._is_cut(name) or question.may_be_cut or now + seconds <= self.lease_ends:
                 return name
         return None
@@ -135,14 +135,14 @@ class Queue:
                 print(log.read_text(errors="replace")[-3000:], flush=True)
 
     def _measured_pace(self) -> float:
-        """Measured over estimated time, from the runs that are finished."""
+        """Measured over estimated training time, from the runs that are finished."""
         ratios = []
         for name, (_, config) in self.runs.items():
             records = self._paths(name).records
             if records.exists() and not self._is_cut(name):
                 facts = read_run(records).facts
                 share = facts["steps"] / config.steps  # below 1 where the loss was no finite number
-                ratios.append((facts["seconds"] + START_SECONDS) / (share * estimated_seconds(config)))
+                ratios.append(facts["seconds"] / (share * estimated_seconds(config)))
         return median(ratios) if ratios else 1.0
 
     def _is_cut(self, name: str) -> bool:

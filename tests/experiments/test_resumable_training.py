@@ -28,9 +28,9 @@ def config(**changes) -> RunConfig:
     return RunConfig("test", **{"mechanism": "softmax", "warmup_steps": 3, **values, **changes})
 
 
-def train(pool: CellPool, run: RunConfig, steps: int | None = None) -> ResumableTraining:
+def train(pool: CellPool, run: RunConfig, steps: int | None = None, device: str = "cpu") -> ResumableTraining:
     """A training that was stopped after so many steps, or finished; its probe stays attached."""
-    training = ResumableTraining(run, task_of(run, pool), "cpu")
+    training = ResumableTraining(run, task_of(run, pool), device)
     stop = type("Stop", (Exception,), {})
 
     def on_step(done: int) -> None:
@@ -136,3 +136,38 @@ def test_rates():
     constant = config(learning_rate=2.0, warmup_steps=4)
     assert [constant.rate(step) for step in (0, 3, 9)] == [0.5, 2.0, 2.0]
     assert config(learning_rate=2.0, warmup_steps=0).rate(0) == 2.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+@pytest.mark.parametrize("mechanism", ["softmax", "sigmoid"])
+def test_on_a_gpu_a_resumed_run_goes_on(pool, tmp_path, mechanism, precision):
+    run = config(mechanism=mechanism, precision=precision, task="ranks", steps=12)
+    straight = train(pool, run, device="cuda")
+    first = train(pool, run, steps=5, device="cuda")
+    first.save(tmp_path / "run.pt")
+    first.probe.close()
+    second = ResumableTraining(run, task_of(run, pool), "cuda")
+    second.load(tmp_path / "run.pt")
+    assert second.run(FOREVER)
+    for training in (straight, second):
+        training.probe.close()
+    assert second.validation[0][1] == pytest.approx(straight.validation[0][1], rel=2e-2)
+    steps = second.table.arrays()["step"]
+    assert np.unique(steps).tolist() == list(range(12))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("task", ["ranks", "values"])
+@pytest.mark.parametrize("mechanism", ["softmax", "sigmoid"])
+def test_a_step_never_waits_for_the_gpu(pool, mechanism, task):
+    run = config(mechanism=mechanism, precision="autocast", task=task, steps=30, clip_norm=1.0)
+    training = train(pool, run, steps=3, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(9):
+            training._train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    training.probe.close()
+    assert math.isfinite(training.table.last_loss)

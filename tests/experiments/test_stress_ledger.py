@@ -26,6 +26,7 @@ def write(
     facts = {
         "config": {"name": name, "mechanism": mechanism, "learning_rate": rate, "seed": 0, "tokens": 8192},
         "steps": steps,
+        "seconds": 0.2 * steps,
         "is_finished": steps == 400,
         "metric": "cross-entropy, nats",
         "reference": 9.2,
@@ -47,7 +48,7 @@ def test_table_json_and_figure_come_from_the_records(tmp_path, capsys):
     table = (out / "ledger.md").read_text()
     assert table == capsys.readouterr().out
     lines = table.splitlines()
-    assert "| 360 (cut) |" in lines[2]
+    assert "| 360 (cut) | 0.2 |" in lines[2]
     assert lines[3].endswith("| exploded |")
     assert "+4.5 | 350 | blocks.0.attention.query" in lines[3]
     rows = json.loads((out / "ledger.json").read_text())["runs"]

@@ -50,7 +50,7 @@ def test_two_pieces_give_the_records_of_one(tmp_path, capsys):
 
 
 def test_no_run_begins_that_the_lease_cannot_see_the_end_of(tmp_path):
-    needed = estimated_seconds(planned_runs()[PAIR[0]][1])
+    needed = stress_queue.START_SECONDS + estimated_seconds(planned_runs()[PAIR[0]][1])
     assert queue(tmp_path, PAIR, lease=needed + 20)._next() == PAIR[0]
     assert queue(tmp_path, PAIR, lease=needed - 20)._next() is None
 
@@ -67,7 +67,7 @@ def test_nothing_begins_just_before_the_end_of_a_call(tmp_path):
 
 def test_finished_runs_are_left_alone_and_set_the_pace(tmp_path):
     seconds = estimated_seconds(planned_runs()[PAIR[0]][1])
-    write_finished(tmp_path, PAIR[0], 2 * seconds - stress_queue.START_SECONDS)
+    write_finished(tmp_path, PAIR[0], 2 * seconds)
     waiting = queue(tmp_path, PAIR, lease=1.5 * seconds)
     assert waiting.waiting == [PAIR[1]]
     assert waiting.pace == pytest.approx(2.0)
