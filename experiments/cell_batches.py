@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,19 +20,23 @@ class MaskedBatch(NamedTuple):
         genes: [B, n] int64, gene indices; 0 in the padding.
         values: [B, n] float32, log1p expression; 0 where hidden and in the padding.
         mask: [B, n] bool, True where the value is hidden; never in the padding.
-        lengths: [B] int64, tokens of each cell.
+        lengths: [B] int64, tokens of each cell; None where none is padded.
         targets: [B, n] float32, log1p expression; 0 in the padding.
     """
 
     genes: Tensor
     values: Tensor
     mask: Tensor
-    lengths: Tensor
+    lengths: Tensor | None
     targets: Tensor
 
     def to(self, device: torch.device | str) -> MaskedBatch:
         """The batch on another device."""
-        return MaskedBatch(*(tensor.to(device) for tensor in self))
+        lengths = None if self.lengths is None else self.lengths.to(device)
+        genes, values, mask, targets = (
+            tensor.to(device) for tensor in (self.genes, self.values, self.mask, self.targets)
+        )
+        return MaskedBatch(genes, values, mask, lengths, targets)
 
 
 def masked_batches(
@@ -42,7 +46,7 @@ def masked_batches(
     max_tokens: int,
     mask_fraction: float = 0.25,
     include_zeros: bool = False,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> Iterator[MaskedBatch]:
     """An endless stream of batches, pass after pass over the shuffled cells.
 
@@ -55,7 +59,7 @@ def masked_batches(
         max_tokens: Longest sequence.
         mask_fraction: Share of every cell's tokens whose value is hidden, in (0, 1]; at least one token.
         include_zeros: Fill shorter cells up with genes they do not express (value 0), after the expressed.
-        seed: Of cell order, gene samples and hidden positions.
+        seed: Of cell order, gene samples and hidden positions; one number or several.
 
     Yields:
         Batches on the CPU.

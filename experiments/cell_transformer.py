@@ -1,9 +1,9 @@
-"""The bidirectional cell transformer: gene and value tokens in, one predicted expression value per token out.
+"""The bidirectional cell transformer: the blocks of every task, and the model of masked-value regression.
 
-A cell is a set of (gene, expression value) tokens without an order, so there is no position embedding and no
-causal mask. Some values are hidden behind a mask embedding and the model predicts them (masked-value
-regression). Softmax and sigmoid attention share every parameter, so the two variants of one seed start
-from bitwise the same weights.
+In that task a cell is a set of (gene, expression value) tokens without an order, so there is no position
+embedding and no causal mask. Some values are hidden behind a mask embedding and the model predicts them.
+Softmax and sigmoid attention share every parameter, so the two variants of one seed start from bitwise the
+same weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from stability.attention import sigmoid_attention, softmax_attention
 
 Mechanism = Literal["softmax", "sigmoid"]
-MECHANISMS: dict[str, Any] = {"softmax": softmax_attention, "sigmoid": sigmoid_attention}
+MECHANISMS: dict[Mechanism, Any] = {"softmax": softmax_attention, "sigmoid": sigmoid_attention}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"embed_dim": 16, "num_layers": 2, "num_heads": 2},
@@ -91,38 +91,30 @@ class CellTransformerConfig:
         return cls(**{**PRESETS[name], **changes})
 
 
-class CellTransformer(nn.Module):
-    """Bidirectional encoder that predicts the hidden expression values of a cell.
+class CellEncoder(nn.Module):
+    """Blocks between a task's embeddings and its head, which subclasses add before they call `initialise`.
 
     Weights start as in GPT-2 (Radford et al., 2019): normal with `init_std`, the projections that write to
     the residual stream divided by √(2 num_layers), biases zero. Seed torch before the constructor.
 
     Args:
         config: Sizes and attention mechanism.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> model = CellTransformer(CellTransformerConfig.preset("tiny", num_genes=50, attention="sigmoid"))
-        >>> genes, values = torch.arange(8).expand(2, 8), torch.rand(2, 8)
-        >>> mask = torch.arange(8).expand(2, 8) < 3
-        >>> model(genes, values, mask, lengths=torch.tensor([8, 5])).shape
-        torch.Size([2, 8])
+        **embeddings: The task's embedding layers, by attribute name. They come before the blocks, so that
+            layers, parameters and random draws are in the order of the forward pass.
     """
 
-    def __init__(self, config: CellTransformerConfig) -> None:
+    def __init__(self, config: CellTransformerConfig, **embeddings: nn.Module) -> None:
         super().__init__()
         self.config = config
-        self.gene_embedding = nn.Embedding(config.num_genes, config.embed_dim)
-        self.value_embedding = nn.Linear(1, config.embed_dim)
-        self.mask_embedding = nn.Parameter(torch.empty(config.embed_dim))
+        for name, embedding in embeddings.items():
+            self.add_module(name, embedding)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         # Post-LN blocks already end in a norm.
         self.final_norm = nn.LayerNorm(config.embed_dim) if config.norm_position == "pre" else nn.Identity()
-        self.value_head = nn.Linear(config.embed_dim, 1)
-        self._initialise()
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def initialise(self) -> None:
+        """Draws the initial weights of the whole model."""
         std = self.config.init_std
         residual_projections: list[nn.Linear] = []
         for module in self.modules():
@@ -132,30 +124,22 @@ class CellTransformer(nn.Module):
                 module.bias.zero_()
             if isinstance(module, Block):
                 residual_projections += [module.attention.output, module.mlp.output]
-        self.mask_embedding.normal_(std=std)
         for projection in residual_projections:
             projection.weight.div_((2 * self.config.num_layers) ** 0.5)
 
-    def forward(self, genes: Tensor, values: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
-        """Predict every token's expression value.
+    def encode(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """What the blocks make of embedded tokens.
 
         Args:
-            genes: [B, n] int64, gene indices in [0, num_genes).
-            values: [B, n] float, log1p expression; ignored where `mask` is True.
-            mask: [B, n] bool, True where the value is hidden from the model.
-            lengths: [B] int64, tokens of each cell; what lies behind them changes nothing.
+            x: [B, n, embed_dim].
+            lengths: [B] int64, tokens of each cell; what lies behind them changes nothing. None: all n.
 
         Returns:
-            [B, n] predicted values; those of padding mean nothing.
+            [B, n, embed_dim], normalised; that of padding means nothing.
         """
-        value_tokens = self.value_embedding(values.unsqueeze(-1))
-        value_tokens = torch.where(
-            mask.unsqueeze(-1), self.mask_embedding.to(value_tokens.dtype), value_tokens
-        )
-        x = self.gene_embedding(genes) + value_tokens
         for block in self.blocks:
             x = block(x, lengths)
-        return self.value_head(self.final_norm(x)).squeeze(-1)
+        return self.final_norm(x)
 
     def parameter_counts(self) -> dict[str, int]:
         """Number of parameters of each part: embeddings, attention, mlp, norms, head, total.
@@ -178,6 +162,57 @@ class CellTransformer(nn.Module):
         return {**counts, "total": sum(counts.values())}
 
 
+class CellTransformer(CellEncoder):
+    """Predicts the hidden expression values of a cell from its genes and the values that are shown.
+
+    Args:
+        config: Sizes and attention mechanism.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = CellTransformer(CellTransformerConfig.preset("tiny", num_genes=50, attention="sigmoid"))
+        >>> genes, values = torch.arange(8).expand(2, 8), torch.rand(2, 8)
+        >>> mask = torch.arange(8).expand(2, 8) < 3
+        >>> model(genes, values, mask, lengths=torch.tensor([8, 5])).shape
+        torch.Size([2, 8])
+    """
+
+    gene_embedding: nn.Embedding
+    value_embedding: nn.Linear
+
+    def __init__(self, config: CellTransformerConfig) -> None:
+        super().__init__(
+            config,
+            gene_embedding=nn.Embedding(config.num_genes, config.embed_dim),
+            value_embedding=nn.Linear(1, config.embed_dim),
+        )
+        self.mask_embedding = nn.Parameter(torch.empty(config.embed_dim))
+        self.value_head = nn.Linear(config.embed_dim, 1)
+        self.initialise()
+        with torch.no_grad():
+            self.mask_embedding.normal_(std=config.init_std)
+
+    def forward(self, genes: Tensor, values: Tensor, mask: Tensor, lengths: Tensor | None) -> Tensor:
+        """Predict every token's expression value.
+
+        Args:
+            genes: [B, n] int64, gene indices in [0, num_genes).
+            values: [B, n] float, log1p expression; ignored where `mask` is True.
+            mask: [B, n] bool, True where the value is hidden from the model.
+            lengths: [B] int64, tokens of each cell; what lies behind them changes nothing. None: all n.
+
+        Returns:
+            [B, n] predicted values; those of padding mean nothing.
+        """
+        values = values.to(self.value_embedding.weight.dtype)  # of weights in bfloat16
+        value_tokens = self.value_embedding(values.unsqueeze(-1))
+        value_tokens = torch.where(
+            mask.unsqueeze(-1), self.mask_embedding.to(value_tokens.dtype), value_tokens
+        )
+        x = self.encode(self.gene_embedding(genes) + value_tokens, lengths)
+        return self.value_head(x).squeeze(-1)
+
+
 class Block(nn.Module):
     """Attention and MLP, each with a residual connection and a layer norm before (pre) or after (post) it."""
 
@@ -189,7 +224,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.embed_dim)
         self.mlp = MLP(config.embed_dim)
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """[B, n, embed_dim] to the same shape."""
         if self.is_pre_norm:
             x = x + self.attention(self.attention_norm(x), lengths)
@@ -211,7 +246,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.embed_dim, config.embed_dim)
         self.output = nn.Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """[B, n, embed_dim] to the same shape."""
         # [B, n, embed_dim] → [B, H, n, head_dim]
         query, key, value = (
@@ -224,7 +259,7 @@ class Attention(nn.Module):
             heads = self._attend(query, key, value, lengths)
         return self.output(heads.transpose(1, 2).flatten(-2))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None) -> Tensor:
         return self.function(query, key, value, key_lengths=lengths, query_lengths=lengths)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
     inputs: Tensor
     targets: Tensor
-    context: tuple[Tensor, ...] = ()
+    context: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What counts as an explosion, and every verdict of the stress test, in one place.
 
+Long runs have a healthy past of their own to be compared with: `experiments/sustained_explosion.py`.
+
 All numbers are global gradient norms (over all parameters, before the optimizer's step, never clipped).
 
 * **First steps**: Adam without warm-up takes full-size steps from its first estimate on, so nearly every run

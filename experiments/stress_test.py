@@ -8,6 +8,8 @@ rate and seed: masked-value regression, AdamW, constant rate from the first step
     python -m experiments.stress_test --data cells.h5ad --steps 200    # your own cells
     python -m experiments.stress_test --preset tiny                    # does everything run? seconds
     PYTHONPATH=. python -m experiments.stress_test --preset 160m --device cuda --steps 20   # one H100
+    PYTHONPATH=. python -m experiments.stress_test --preset 160m --device cuda --resume runs/long
+                                                                       # the published plan, piece by piece
 
 Writes below --log-dir: TensorBoard events, one directory per run side by side, `summary.json` and
 `gradient_norms.png`. Ctrl-C ends the run under way and reports what was recorded (exit status 130).
@@ -26,6 +28,7 @@ from typing import Any
 
 import torch
 
+from experiments import stress_queue
 from experiments.cell_transformer import MECHANISMS, CellTransformer, CellTransformerConfig
 from experiments.cells import Cells, pbmc68k, read_cells, synthetic_cells
 from experiments.command_line import check_device, positive_float, positive_int, report_console, run_facts
@@ -104,6 +107,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=1,
         help="CPU threads (default 1: at laptop size a second gains little, and stalls on a busy machine)",
     )
+    add(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="continue, for nine minutes, the long runs of experiments/stress_plan.py in this folder, or "
+        "begin them there; of the other flags --preset, --device and --threads apply. What else there is to "
+        "choose: python -m experiments.stress_queue --help",
+    )
     add("--log-dir", type=Path, default=DEFAULT_LOG_DIR, help=f"where to write (default {DEFAULT_LOG_DIR})")
     options = parser.parse_args(arguments)
     for name, value in PRESETS[options.preset].items():
@@ -146,6 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.progress import TimeRemainingColumn as RemainingColumn
 
     options = parse_arguments(arguments)
+    if options.resume is not None:
+        shared = {"preset": options.preset, "device": options.device, "threads": options.threads}
+        flags = [text for name, value in shared.items() for text in (f"--{name}", str(value))]
+        return stress_queue.main([*flags, "--work", str(options.resume), "--out", str(options.resume)])
     console = report_console()
     torch.set_num_threads(options.threads)
     try:

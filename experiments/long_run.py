@@ -1,0 +1,174 @@
+"""One planned run, or a piece of it: from its checkpoint if there is one, to its end or until time is up.
+
+A piece ends at the run's last step, at a loss that is no finite number, or when its time is up; it then
+leaves a checkpoint for the next one. A checkpoint of 160 million parameters takes 2 GB and stays on its
+machine; what is carried home is the file of records.
+
+    python -m experiments.long_run rate-1e-3-softmax-seed0 --minutes 9 --device cuda
+
+One run of `experiments.stress_plan` by hand; `experiments.stress_queue` works through many of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from experiments.cell_pool import CellPool, real_pool, synthetic_pool
+from experiments.command_line import check_device, positive_float, positive_int
+from experiments.expression_values import ValueTask
+from experiments.gene_ranks import RankTask
+from experiments.provenance import provenance
+from experiments.resumable_training import ResumableTraining
+from experiments.run_config import RunConfig
+from experiments.run_records import write_run
+from experiments.stress_plan import SCALES, planned_runs
+
+TRAIN_CELLS, VALIDATION_CELLS = 2048, 32
+DEFAULT_CELLS = Path("runs/cells.npz")
+DEFAULT_WORK = Path("runs/long")
+
+
+def pool_of(config: RunConfig, cells: Path) -> CellPool:
+    """The cells of a run.
+
+    Args:
+        config: The run.
+        cells: A file of `python -m experiments.prepare_cells`, read where the run asks for real cells.
+
+    Returns:
+        The pool, the same for every run of its length and data.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    if config.data == "cells":
+        return real_pool(cells, tokens=config.tokens, num_train=TRAIN_CELLS, num_validation=VALIDATION_CELLS)
+    num_genes = config.tokens * 5 // 4
+    return synthetic_pool(num_genes=num_genes, num_train=TRAIN_CELLS, num_validation=VALIDATION_CELLS)
+
+
+def task_of(config: RunConfig, pool: CellPool) -> RankTask | ValueTask:
+    """The task of a run."""
+    sizes = {"batch_size": config.batch_size, "tokens": config.tokens, "seed": config.seed}
+    if config.task == "ranks":
+        return RankTask(pool, **sizes)
+    return ValueTask(pool, **sizes, is_heavy_tailed=config.task == "counts")
+
+
+class RunPaths(NamedTuple):
+    """Where a run's files are.
+
+    Attributes:
+        checkpoint: What the next piece reads; gone when the run is finished.
+        records: What is carried home.
+    """
+
+    checkpoint: Path
+    records: Path
+
+    @classmethod
+    def of(cls, name: str, work: Path) -> RunPaths:
+        """The paths of a run below a directory."""
+        return cls(work / f"{name}.pt", work / f"{name}.npz")
+
+
+def train_piece(
+    config: RunConfig,
+    *,
+    cells: Path,
+    work: Path,
+    device: str,
+    minutes: float,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> bool:
+    """One piece of a run, from its checkpoint if there is one: train, then write checkpoint and records.
+
+    Args:
+        config: The run.
+        cells: See `pool_of`.
+        work: Directory of checkpoints and records.
+        device: "cpu" or "cuda".
+        minutes: Time for training in this piece; writing comes on top.
+        on_step: See `ResumableTraining.run`.
+
+    Returns:
+        Whether the run is finished; its checkpoint is then removed.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    work.mkdir(parents=True, exist_ok=True)
+    paths = RunPaths.of(config.name, work)
+    training = ResumableTraining(config, task_of(config, pool_of(config, cells)), device)
+    with training.probe:
+        if paths.checkpoint.exists():
+            training.load(paths.checkpoint)
+        is_finished = training.run(deadline, on_step)
+        if not is_finished:
+            training.save(paths.checkpoint)
+    facts = {**training.facts(is_finished=is_finished), **provenance(device)}
+    write_run(paths.records, facts, training.table.arrays())
+    if is_finished:
+        paths.checkpoint.unlink(missing_ok=True)
+    return is_finished
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train one planned run, or a piece of it.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        Exit status: 0, 2 for input that cannot be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.long_run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_training_flags(parser)
+    parser.add_argument("name", help="of a run in `python -m experiments.stress_plan`")
+    options = parser.parse_args(arguments)
+    check_device(parser, options.device)
+    runs = planned_runs(options.preset)
+    if options.name not in runs:
+        parser.error(f"there is no run {options.name!r} in the plan; its runs are {', '.join(runs)}")
+    torch.set_num_threads(options.threads)
+    _, config = runs[options.name]
+    try:
+        is_finished = train_piece(
+            config, cells=options.cells, work=options.work, device=options.device, minutes=options.minutes
+        )
+    except (OSError, ValueError) as error:
+        print(f"long_run: {error}", file=sys.stderr)
+        return 2
+    print(f"{config.name}: {'finished' if is_finished else 'to be continued by the same command'}")
+    return 0
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that a single run and the queue have in common."""
+    add = parser.add_argument
+    add("--preset", choices=SCALES, default="160m", help="160m is the plan; the others try it on a CPU")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    add("--minutes", type=positive_float, default=9.0, help="training time of this call (default 9)")
+    add("--cells", type=Path, default=DEFAULT_CELLS, help=f"prepared cells (default {DEFAULT_CELLS})")
+    add(
+        "--work",
+        type=Path,
+        default=DEFAULT_WORK,
+        help=f"checkpoints and records (default {DEFAULT_WORK}); runs found there are continued. A "
+        "checkpoint of 160m takes 2 GB: it can be continued as long as its machine is held, and cannot be "
+        "taken along",
+    )
+    add("--threads", type=positive_int, default=1, help="CPU threads of a run (default 1)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

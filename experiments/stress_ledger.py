@@ -1,0 +1,269 @@
+"""The ledger of long runs: table, JSON and figure, from nothing but the records that were carried home.
+
+    python -m experiments.stress_ledger ARCHIVE.zip ... --out runs/ledger
+
+Reads the archives of `experiments.stress_queue`, single .npz files and folders of either. Of a run that is
+there several times, in pieces, the longest is taken. Definitions: `experiments/sustained_explosion.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiments.command_line import write_json
+from experiments.run_records import RecordedRun, read_run
+from experiments.sustained_explosion import LongJudgement, judge_long_run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLUMNS = (
+    *(
+        "run",
+        "steps",
+        "s / step",
+        "baseline",
+        "first steps",
+        "peak",
+        "sustained",
+        "diverged at",
+        "first layer",
+    ),
+    *("train loss", "validation loss", "reference", "gain", "healthy", "collapsed layers", "verdict"),
+)
+
+
+def read_runs(sources: Sequence[Path]) -> dict[str, RecordedRun]:
+    """All runs of some archives, files and folders, by name.
+
+    Args:
+        sources: .zip archives, .npz files, or folders with such files in them.
+
+    Returns:
+        The longest of each name, in order of names.
+
+    Raises:
+        FileNotFoundError: There is nothing of the kind.
+    """
+    runs: dict[str, RecordedRun] = {}
+    for run in _each_run(sources):
+        name = run.facts["config"]["name"]
+        if name not in runs or run.facts["steps"] >= runs[name].facts["steps"]:
+            runs[name] = run
+    if not runs:
+        raise FileNotFoundError(
+            f"Expected records of runs (.npz, or .zip archives of them) in {', '.join(map(str, sources))}; "
+            "there are none. `python -m experiments.stress_queue` writes them."
+        )
+    return dict(sorted(runs.items()))
+
+
+def _each_run(sources: Sequence[Path]) -> Iterator[RecordedRun]:
+    for source in sources:
+        if source.is_dir():
+            yield from _each_run(sorted([*source.glob("*.zip"), *source.glob("*.npz")]))
+        elif source.suffix == ".zip":
+            with zipfile.ZipFile(source) as archive:
+                for name in archive.namelist():
+                    yield read_run(io.BytesIO(archive.read(name)))
+        elif source.exists():
+            yield read_run(source)
+
+
+def markdown_table(runs: dict[str, RecordedRun], judgements: dict[str, LongJudgement]) -> str:
+    """One line a run.
+
+    Args:
+        runs: The runs by name.
+        judgements: Their judgements.
+
+    Returns:
+        A Markdown table; orders of magnitude for first steps, peak and sustained.
+    """
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for name, run in runs.items():
+        judgement = judgements[name]
+        steps = f"{run.facts['steps']}{'' if run.facts['is_finished'] else ' (cut)'}"
+        cells = (
+            name,
+            steps,
+            _short(run.facts["seconds"] / max(1, run.facts["steps"]), 2),
+            _short(judgement.baseline),
+            _orders(judgement.first_steps),
+            _orders(judgement.peak),
+            _orders(judgement.sustained),
+            "–" if judgement.diverged_at is None else str(judgement.diverged_at),
+            judgement.first_layer or "–",
+            _short(judgement.train_loss, 4),
+            _short(judgement.validation_loss, 4),
+            _short(run.facts["reference"], 4),
+            _short(judgement.gain),
+            "yes" if judgement.is_healthy else "no",
+            _short(judgement.collapsed_layers, 2),
+            judgement.verdict,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def largest_learning_rates(runs: dict[str, RecordedRun], judgements: dict[str, LongJudgement]) -> str:
+    """Per ladder (runs that differ in rate and seed alone) the largest rate at which every seed learned.
+
+    Args:
+        runs: The runs by name.
+        judgements: Their judgements.
+
+    Returns:
+        One line a ladder; empty without any.
+    """
+    ladders: dict[str, dict[str, dict[float, list[str]]]] = {}
+    for name, run in runs.items():
+        same = dict(run.facts["config"])
+        mechanism, rate, _, _ = (same.pop(key) for key in ("mechanism", "learning_rate", "seed", "name"))
+        ladder = ladders.setdefault(json.dumps(same, sort_keys=True), {})
+        ladder.setdefault(mechanism, {}).setdefault(rate, []).append(judgements[name].verdict)
+    lines = []
+    for ladder in ladders.values():
+        tried = sorted({rate for verdicts in ladder.values() for rate in verdicts})
+        if len(tried) < 2:
+            continue
+        parts = []
+        for mechanism, verdicts in sorted(ladder.items()):
+            learned = [rate for rate in verdicts if set(verdicts[rate]) == {"learned"}]
+            parts.append(f"{mechanism} {max(learned):g}" if learned else f"{mechanism} none")
+        rates = ", ".join(f"{rate:g}" for rate in tried)
+        lines.append(f"Largest of the rates {rates} at which every seed learned: {'; '.join(parts)}.\n")
+    return "".join(lines)
+
+
+def strongest_pair(
+    runs: dict[str, RecordedRun], judgements: dict[str, LongJudgement]
+) -> tuple[RecordedRun, RecordedRun] | None:
+    """The softmax run with the largest sustained factor that has a sigmoid run beside it, and that one."""
+    pairs = []
+    for name, run in runs.items():
+        other = name.replace("-softmax-", "-sigmoid-")
+        if "-softmax-" in name and other in runs:
+            sustained = judgements[name].sustained
+            pairs.append((-np.inf if sustained is None else sustained, name, run, runs[other]))
+    return max(pairs, key=lambda pair: pair[:2])[2:] if pairs else None
+
+
+def draw_layers(path: Path, pair: tuple[RecordedRun, RecordedRun]) -> None:
+    """Gradient norm of every layer over the steps, softmax beside sigmoid, in one scale of colours.
+
+    Args:
+        path: A .png or .svg file.
+        pair: Two runs of the same model.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global pyplot state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(1, 3))
+    images = [_image(run) for run in pair]
+    finite = np.concatenate([image[np.isfinite(image)] for image in images])
+    limits = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    for column, (run, image) in enumerate(zip(pair, images, strict=True)):
+        _draw_norm(panels[0, column], run)
+        drawn = panels[1, column].imshow(
+            image, aspect="auto", interpolation="nearest", vmin=limits[0], vmax=limits[1], cmap="viridis"
+        )
+    layers = pair[0].layers("grad_norm")
+    blocks = [i for i, layer in enumerate(layers) if layer.endswith("attention.query")]
+    panels[1, 0].set_yticks(blocks, [layers[i] for i in blocks], fontsize=7)
+    panels[0, 0].set_ylabel("all layers")
+    figure.colorbar(drawn, ax=panels, label="log10 of the layer's gradient norm")
+    figure.supxlabel("optimizer step")
+    figure.savefig(path)
+
+
+def _image(run: RecordedRun) -> np.ndarray:
+    """[layers, steps] log10 of gradient norms; NaN where they are zero or not finite."""
+    norms = np.stack([run.values("grad_norm", layer) for layer in run.layers("grad_norm")])
+    return np.log10(np.where(np.isfinite(norms) & (norms > 0), norms, np.nan))
+
+
+def _draw_norm(panel: Axes, run: RecordedRun) -> None:
+    norms = run.values("grad_norm")
+    panel.plot(np.where(np.isfinite(norms), norms, np.nan), linewidth=0.8)
+    panel.set_yscale("log")
+    panel.set_title(run.facts["config"]["name"])
+
+
+def write_ledger(sources: Sequence[Path], out: Path) -> str:
+    """Judge all runs and write ledger.md, ledger.json and gradient_norms.png.
+
+    Args:
+        sources: See `read_runs`.
+        out: A folder; it is made.
+
+    Returns:
+        The Markdown table.
+
+    Raises:
+        FileNotFoundError: There is no run.
+    """
+    runs = read_runs(sources)
+    judgements = {name: judge_long_run(run) for name, run in runs.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    table = markdown_table(runs, judgements)
+    if rates := largest_learning_rates(runs, judgements):
+        table += f"\n{rates}"
+    (out / "ledger.md").write_text(table, encoding="utf-8")
+    rows: list[dict[str, Any]] = [
+        {**run.facts, "judgement": asdict(judgements[name]), "alerts": run.alerts[:20]}
+        for name, run in runs.items()
+    ]
+    write_json(out / "ledger.json", {"schema_version": 1, "runs": rows})
+    if pair := strongest_pair(runs, judgements):
+        draw_layers(out / "gradient_norms.png", pair)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the ledger.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        Exit status: 0, 2 for input that cannot be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.stress_ledger",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sources", nargs="+", type=Path, help="archives, files or folders of records")
+    parser.add_argument("--out", type=Path, required=True, help="folder of table, JSON and figure")
+    options = parser.parse_args(arguments)
+    try:
+        print(write_ledger(options.sources, options.out), end="")
+    except OSError as error:
+        print(f"stress_ledger: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _short(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def _orders(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""The plan of the stress test at 160 million parameters and 8,192 tokens, written before its runs.
+
+    python -m experiments.stress_plan              # every question, hypothesis, prediction, run and cost
+
+A question is asked of both mechanisms with the same seeds, and each run is at least 1,500 steps long.
+Questions come in sessions: what one lease of one H100 (`LEASE_MINUTES`) takes, two runs at a time. Three
+seeds of the strongest regime that these find come after them, as a question of their own.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+from experiments.cell_transformer import MECHANISMS
+from experiments.run_config import RunConfig
+
+# Of the thirty that a machine is held, its start and the last call's writing left out.
+LEASE_MINUTES = 26.0
+# Measured on an H100 with the probes on: a step of one cell of 8,192 tokens takes the GPU some 0.055 s and
+# the host 0.08 s, so two runs share one GPU well. Starting a run costs imports, cells and Triton's first
+# calls.
+GPU_SECONDS_PER_CELL = 0.055
+HOST_SECONDS_PER_BLOCK = 0.08 / 12
+START_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to find out.
+
+    Attributes:
+        name: Of its runs, too.
+        session: Lease in which it is asked.
+        hypothesis: What is thought, and why.
+        prediction: What will be seen if that is so.
+        changes: Fields of `RunConfig` that differ from its defaults.
+        seeds: One pair of runs, softmax and sigmoid, for each.
+        may_be_cut: Whether the runs begin even if the lease cannot see their end; they count as far as they
+            get.
+    """
+
+    name: str
+    session: int
+    hypothesis: str
+    prediction: str
+    changes: dict[str, Any]
+    seeds: tuple[int, ...] = (0,)
+    may_be_cut: bool = False
+
+    def runs(self) -> list[RunConfig]:
+        """The question's runs, the two of one seed beside each other."""
+        return [
+            RunConfig(f"{self.name}-{mechanism}-seed{seed}", mechanism, seed=seed, **self.changes)
+            for seed in self.seeds
+            for mechanism in MECHANISMS
+        ]
+
+
+# The defaults of RunConfig are the regime of the best lead in SCIENCE.md, section 4, but for its batch:
+# rank-encoded real cells, pre-LN, GPT-2 initialisation, rate 1e-3, 100 steps of warm-up, β₂ 0.999, weight
+# decay 0.01, no clipping.
+QUESTIONS: tuple[Question, ...] = (
+    Question(
+        "lead",
+        1,
+        "Softmax rows collapse layer by layer, their logits grow, and gradients grow with them; sigmoid "
+        "has no rows that could collapse onto one key.",
+        "Softmax: median gradient norm rises from step 1,000 on, spikes above 30 x the median of steps "
+        "100-300, entropy below 0.1 nats in layer 1 first; no sustained factor of 1e4. Sigmoid: no spike "
+        "above 10 x, validation loss lower by 0.1 nats and more.",
+        {"batch_size": 4, "steps": 6000},
+        may_be_cut=True,
+    ),
+    Question(
+        "healthy-ranks",
+        2,
+        "Clipped at 1 and at a moderate rate both mechanisms learn the task, so that what goes wrong "
+        "elsewhere is the regime's fault and not the harness's.",
+        "Validation cross-entropy at least 0.3 nats below the unigram one, 6 of 6 runs. (Unigram 9.205; "
+        "leaving out the genes that a cell shows and guessing by frequency would reach 7.97.)",
+        {"learning_rate": 5e-4, "schedule": "cosine", "clip_norm": 1.0, "batch_size": 2, "steps": 2000},
+        seeds=(0, 1, 2),
+    ),
+    Question(
+        "healthy-values",
+        3,
+        "The same of masked-value regression.",
+        "Explained variance above 0.2, 6 of 6 runs. (Each gene's mean alone explains 0.64.)",
+        {"task": "values", "learning_rate": 3e-4, "clip_norm": 1.0},
+        seeds=(0, 1, 2),
+    ),
+    Question(
+        "rate-1e-3",
+        3,
+        "The lead's rate at a quarter of its batch: noisier gradients, the same collapse.",
+        "No explosion; softmax's largest sustained factor is 2 to 10 times sigmoid's.",
+        {"learning_rate": 1e-3},
+        seeds=(0, 1, 2),
+    ),
+    Question(
+        "rate-1e-2",
+        4,
+        "Ten times the rate drives both out of health: softmax to one-hot rows, sigmoid to saturation.",
+        "Neither learns (both within 0.05 nats of the unigram loss). Softmax's level after step 300 is 1 "
+        "to 2 orders above sigmoid's; neither reaches a sustained 1e4.",
+        {"learning_rate": 1e-2},
+        seeds=(0, 1, 2),
+    ),
+    Question(
+        "rate-3e-3",
+        4,
+        "Between the two lies softmax's largest stable rate, and not yet sigmoid's.",
+        "Softmax fails to learn in at least 2 of 3 seeds, sigmoid learns in at least 2 of 3.",
+        {"learning_rate": 3e-3},
+        seeds=(0, 1, 2),
+    ),
+    Question(
+        "no-warm-up-1e-3",
+        5,
+        "Without warm-up Adam's first full-size steps throw the weights far out for both alike; what follows "
+        "depends on where they land.",
+        "A first-steps transient of 2 to 4 orders in both, over within 10 steps; afterwards as rate-1e-3.",
+        {"warmup_steps": 0, "learning_rate": 1e-3},
+        seeds=(0, 1, 2),
+    ),
+    Question(
+        "no-warm-up-1e-2",
+        5,
+        "As before, at the rate where sixteen short runs of regression came nearest to an explosion.",
+        "Softmax's median gradient norm is 1 to 2 orders above sigmoid's; no healthy baseline in either, "
+        "so no explosion by the definition.",
+        {"warmup_steps": 0, "learning_rate": 1e-2},
+        seeds=(0, 1, 2),
+    ),
+    Question(
+        "bfloat16-weights",
+        4,
+        "Weights and moments in bfloat16 lose the small updates that keep logits in bounds.",
+        "Both learn more slowly than rate-1e-3; softmax's max logit grows no faster. No explosion.",
+        {"precision": "bfloat16"},
+    ),
+    Question(
+        "init-0.1",
+        5,
+        "Five times GPT-2's standard deviation is 25 times the logits at the start: softmax begins "
+        "collapsed, sigmoid begins saturated where its bias does not hold.",
+        "Softmax's first-steps transient exceeds sigmoid's by an order; neither learns in 1,500 steps.",
+        {"model": {"init_std": 0.1}},
+    ),
+    Question(
+        "beta2-0.9999",
+        6,
+        "A long second moment lags behind growing gradients: larger relative updates at every spike.",
+        "Softmax's spikes grow (largest factor above that of rate-1e-3, seed 0), sigmoid's do not.",
+        {"betas": (0.9, 0.9999)},
+    ),
+    Question(
+        "beta2-0.95",
+        6,
+        "A short second moment follows the gradients and so damps spikes (Wortsman et al. 2304.13013).",
+        "Fewer factors above 10 than rate-1e-3, seed 0, in softmax; no change in sigmoid.",
+        {"betas": (0.9, 0.95)},
+    ),
+    Question(
+        "eps-1e-15",
+        6,
+        "With gradients of 0.2 over 160 million weights, ε = 1e-8 matters for the smallest entries alone.",
+        "No difference from rate-1e-3, seed 0, in either mechanism.",
+        {"eps": 1e-15},
+    ),
+    Question(
+        "post-ln",
+        6,
+        "Post-LN gradients grow towards the output at the start (Xiong et al. 2002.04745): less room for a "
+        "collapsed layer.",
+        "Softmax stops learning (within 0.05 nats of unigram); sigmoid may as well. No sustained 1e4.",
+        {"model": {"norm_position": "post"}},
+    ),
+    Question(
+        "deep",
+        6,
+        "21 layers of 768 in place of 12 of 1,024: gains multiply over more layers.",
+        "Softmax's largest factor is 3 times that of rate-1e-3, seed 0, or more; sigmoid's is not.",
+        {"model": {"num_layers": 21, "embed_dim": 768, "num_heads": 12}},
+    ),
+    Question(
+        "length-512",
+        6,
+        "Short rows collapse less: entropy starts at 6.2 nats in place of 9.0, and b = −ln n is smaller.",
+        "Softmax and sigmoid differ less than in rate-1e-3, seed 0, in gradient factor and in loss.",
+        {"tokens": 512, "batch_size": 16},
+    ),
+    Question(
+        "heavy-tails",
+        6,
+        "Counts as targets: a few cells carry nearly all of the gradient, whatever the mechanism.",
+        "Spikes of 2 orders above the median in both; explained variance lower than in healthy-values.",
+        {"task": "counts"},
+    ),
+)
+
+# Sizes to try the harness with; 160m runs the plan as it stands.
+SCALES: dict[str, dict[str, Any]] = {
+    "160m": {},
+    "laptop": {"tokens": 512, "batch_size": 2, "steps": 400, "warmup_steps": 20},
+    "tiny": {"tokens": 64, "batch_size": 2, "steps": 12, "warmup_steps": 2},
+}
+
+
+def planned_runs(preset: str = "160m") -> dict[str, tuple[Question, RunConfig]]:
+    """Every run by name, in the order of the plan.
+
+    Args:
+        preset: "160m", or a size that a CPU can train: on synthetic cells, in float32, without the plan's
+            sizes.
+
+    Returns:
+        Question and configuration of each run.
+    """
+    runs = {}
+    for question in sorted(QUESTIONS, key=lambda question: question.session):
+        for config in question.runs():
+            if preset != "160m":
+                model = {k: v for k, v in config.model.items() if k in ("norm_position", "init_std")}
+                changes = {"preset": preset, "data": "synthetic", "model": model, **SCALES[preset]}
+                if config.precision == "autocast":  # slower than float32 on most CPUs
+                    changes["precision"] = "float32"
+                config = replace(config, **changes)
+            runs[config.name] = (question, config)
+    return runs
+
+
+def estimated_seconds(config: RunConfig) -> float:
+    """Time that a run trains while it shares its GPU with another one like it.
+
+    Args:
+        config: A run at 160 million parameters.
+
+    Returns:
+        Seconds.
+    """
+    num_layers = config.model.get("num_layers", 12)
+    gpu = 2 * GPU_SECONDS_PER_CELL * config.batch_size * config.tokens / 8192
+    return config.steps * max(gpu, HOST_SECONDS_PER_BLOCK * num_layers)
+
+
+def main() -> int:
+    """Print the plan."""
+    sessions = sorted({question.session for question in QUESTIONS})
+    all_runs = [config for question in QUESTIONS for config in question.runs()]
+    print(f"{len(all_runs)} runs, {sum(run.steps for run in all_runs):,} steps, {len(sessions)} sessions.")
+    for session in sessions:
+        questions = [question for question in QUESTIONS if question.session == session]
+        runs = [config for question in questions for config in question.runs()]
+        minutes = sum(START_SECONDS + estimated_seconds(config) for config in runs) / 2 / 60
+        print(f"\nSession {session}: {len(runs)} runs, {minutes:.0f} of {LEASE_MINUTES:g} minutes expected")
+        for question in questions:
+            changes = ", ".join(f"{name} {value}" for name, value in question.changes.items())
+            cut = "; as far as the lease goes" if question.may_be_cut else ""
+            print(f"\n  {question.name}: softmax and sigmoid, seeds {question.seeds}{cut}")
+            print(f"    changes     {changes}")
+            print(f"    hypothesis  {question.hypothesis}")
+            print(f"    prediction  {question.prediction}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

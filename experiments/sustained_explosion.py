@@ -1,0 +1,219 @@
+"""What counts as an explosion in a long run, which is its own baseline.
+
+The short ladder of `experiments/explosion.py` compares runs with each other; a long run has a healthy past
+of its own. All numbers are global gradient norms as the optimizer receives them; the loss is the training
+loss.
+
+* **Baseline**: median gradient norm of steps 100 to 300, if the run is healthy there: every loss and
+  gradient of the first 300 steps is finite, no norm of steps 100 to 300 exceeds `CALM` times that median,
+  and the loss of steps 250 to 300 lies below that of the first ten. A run without it cannot explode by this
+  definition.
+* **First steps**: log10(largest norm of the first 100 steps / baseline), a column of its own.
+* **Peak**: log10(largest norm after step 300 / baseline); a norm that is no finite number counts as infinite.
+* **Sustained**: log10(the largest level that `SUSTAINED_STEPS` consecutive norms after step 300 all reach /
+  baseline). **Exploded** means 4 or more; lower orders are reported as they are.
+* **Diverged at**: the first step with a loss or norm that is no finite number, or where an explosion begins.
+* **First layer**: after step 300, the layer that was first to stay `SUSTAINED_STEPS` steps at 10ᵏ times its
+  own median of steps 100 to 300, where k is the run's sustained order rounded down, at least 1 and at most
+  4.
+* **Gain**: what the model knows beyond the task's reference at the last validation: for cross-entropy, nats
+  below the unigram cross-entropy of the training cells; for regression, explained variance.
+
+Verdicts, the first that applies: *exploded*; *not finite* (without a sustained explosion before); *too short*
+(fewer than 300 steps, or no validation); *no baseline*; *failed* (gain below `LEAST_GAIN`: a run that is calm
+because it is saturated or predicts the mean has not withstood anything); *learned*.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.explosion import EXPLOSION_FACTOR
+from experiments.run_records import RecordedRun
+
+BASELINE = slice(100, 300)
+SUSTAINED_STEPS = 10
+CALM = 10.0
+LEAST_GAIN = 0.05
+HEALTHY_GAIN = {"cross-entropy, nats": 0.3, "mean squared error": 0.2}
+COLLAPSED_ENTROPY = 0.1  # nats
+SATURATED_SHARE = 0.5
+
+Verdict = Literal["exploded", "not finite", "too short", "no baseline", "failed", "learned"]
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LongJudgement:
+    """A run's row of the ledger; None where there is nothing to say.
+
+    Attributes:
+        baseline: See the module's definitions, like the other names.
+        first_steps: Orders of magnitude.
+        peak: Orders of magnitude.
+        sustained: Orders of magnitude.
+        diverged_at: A step.
+        first_layer: A layer's name.
+        signals: Attention statistics of that layer's block, last measured before it went.
+        train_loss: Mean of the last tenth of the steps.
+        validation_loss: At the last validation.
+        gain: Nats or share of variance.
+        is_healthy: Whether the gain reaches what a healthy run is asked for.
+        collapsed_layers: Share of attention layers whose entropy at the last measurement is below 0.1 nats
+            (softmax) or with more than half of their weights above 0.99 (sigmoid).
+        verdict: See the module's definitions.
+    """
+
+    baseline: float | None
+    first_steps: float | None
+    peak: float | None
+    sustained: float | None
+    diverged_at: int | None
+    first_layer: str | None
+    signals: dict[str, float]
+    train_loss: float | None
+    validation_loss: float | None
+    gain: float | None
+    is_healthy: bool
+    collapsed_layers: float | None
+    verdict: Verdict
+
+
+def judge_long_run(run: RecordedRun) -> LongJudgement:
+    """Judge one run by its own past.
+
+    Args:
+        run: Gradient norms and losses of every step from the first.
+
+    Returns:
+        Its row.
+
+    Source:
+        Own definitions, fixed in this module's docstring.
+    """
+    norms, losses = run.values("grad_norm"), run.values("loss")
+    baseline = _baseline(norms, losses)
+    first_steps = peak = sustained = None
+    later = _no_nan(norms[BASELINE.stop :])
+    begins: int | None = None
+    if baseline is not None:
+        first_steps = _orders(norms[: BASELINE.start].max(), baseline)
+        if len(later) >= SUSTAINED_STEPS:
+            peak = _orders(later.max(), baseline)
+            sustained = _orders(_sustained(later).max(), baseline)
+            begins = _first_step(later, baseline * EXPLOSION_FACTOR)
+    count = min(len(norms), len(losses))
+    not_finite = np.flatnonzero(~np.isfinite(norms[:count]) | ~np.isfinite(losses[:count]))
+    stops = [step for step in (begins, *not_finite[:1].tolist()) if step is not None]
+    validation = [loss for _, loss in run.facts["validation"]]
+    gain = _gain(run, validation[-1]) if validation else None
+    first_layer, went_at = _first_layer(run, sustained)
+    verdict: Verdict
+    if begins is not None:
+        verdict = "exploded"
+    elif len(not_finite):
+        verdict = "not finite"
+    elif len(norms) < BASELINE.stop or gain is None:
+        verdict = "too short"
+    elif baseline is None:
+        verdict = "no baseline"
+    elif not gain >= LEAST_GAIN:
+        verdict = "failed"
+    else:
+        verdict = "learned"
+    return LongJudgement(
+        baseline=baseline,
+        first_steps=first_steps,
+        peak=peak,
+        sustained=sustained,
+        diverged_at=min(stops, default=None),
+        first_layer=first_layer,
+        signals=_signals(run, first_layer, went_at),
+        train_loss=float(losses[-max(10, len(losses) // 10) :].mean()) if len(losses) else None,
+        validation_loss=validation[-1] if validation else None,
+        gain=gain,
+        is_healthy=gain is not None and gain >= HEALTHY_GAIN[run.facts["metric"]],
+        collapsed_layers=_collapsed_layers(run),
+        verdict=verdict,
+    )
+
+
+def _baseline(norms: FloatArray, losses: FloatArray) -> float | None:
+    past_norms, past_losses = norms[: BASELINE.stop], losses[: BASELINE.stop]
+    if min(len(past_norms), len(past_losses)) < BASELINE.stop:
+        return None
+    if not (np.isfinite(past_norms).all() and np.isfinite(past_losses).all()):
+        return None
+    median = float(np.median(norms[BASELINE]))
+    is_calm = norms[BASELINE].max() <= CALM * median
+    has_begun_to_learn = past_losses[-50:].mean() < past_losses[:10].mean()
+    return median if is_calm and has_begun_to_learn and median > 0 else None
+
+
+def _no_nan(norms: FloatArray) -> FloatArray:
+    return np.where(np.isfinite(norms), norms, np.inf)
+
+
+def _sustained(norms: FloatArray) -> FloatArray:
+    """[len − 9]: the least of each ten consecutive norms."""
+    return np.lib.stride_tricks.sliding_window_view(norms, SUSTAINED_STEPS).min(axis=1)
+
+
+def _first_step(later: FloatArray, level: float) -> int | None:
+    """First step from which norms stay at a level; `later` begins at step 300."""
+    at_level = np.flatnonzero(_sustained(later) >= level) if len(later) >= SUSTAINED_STEPS else np.empty(0)
+    return BASELINE.stop + int(at_level[0]) if len(at_level) else None
+
+
+def _orders(norm: float, baseline: float) -> float:
+    return float(np.log10(max(norm, np.finfo(float).tiny) / baseline))
+
+
+def _gain(run: RecordedRun, loss: float) -> float:
+    reference = run.facts["reference"]
+    return reference - loss if run.facts["metric"].startswith("cross-entropy") else 1 - loss / reference
+
+
+def _first_layer(run: RecordedRun, sustained: float | None) -> tuple[str | None, int]:
+    """The layer and the step when it went."""
+    if sustained is None or sustained < 1:
+        return None, 0
+    factor = 10.0 ** int(min(sustained, 4))
+    crossings = []
+    for layer in run.layers("grad_norm"):
+        norms = run.values("grad_norm", layer)
+        begins = _first_step(_no_nan(norms[BASELINE.stop :]), factor * float(np.median(norms[BASELINE])))
+        if begins is not None:
+            crossings.append((begins, layer))
+    if not crossings:
+        return None, 0
+    step, layer = min(crossings)
+    return layer, step
+
+
+def _signals(run: RecordedRun, layer: str | None, step: int) -> dict[str, float]:
+    if layer is None:
+        return {}
+    block = ".".join(layer.split(".")[:2])
+    signals = {}
+    for series, (steps, values) in run.series.items():
+        is_of_block = series.layer == block or series.layer.startswith(f"{block}.")
+        if is_of_block and series.quantity.startswith("attention/") and series.head is None:
+            before = values[steps < step]
+            if len(before):
+                signals[series.quantity] = float(before[-1])
+    return signals
+
+
+def _collapsed_layers(run: RecordedRun) -> float | None:
+    is_softmax = run.facts["config"]["mechanism"] == "softmax"
+    quantity = "attention/entropy" if is_softmax else "attention/saturated_share"
+    last = [run.values(quantity, layer)[-1] for layer in run.layers(quantity)]
+    if not last:
+        return None
+    collapsed = [value < COLLAPSED_ENTROPY if is_softmax else value > SATURATED_SHARE for value in last]
+    return float(np.mean(collapsed))

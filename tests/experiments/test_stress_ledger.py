@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.run_records import RecordTable, write_run
+from experiments.stress_ledger import main, read_runs
+from probes.record import ALL_LAYERS, Series, StepRecords
+
+
+def write(
+    folder: Path, name: str, mechanism: str, steps: int, factor: float = 1.0, rate: float = 1e-3
+) -> Path:
+    table = RecordTable()
+    names = (ALL_LAYERS, "blocks.0.attention.query", "blocks.0.mlp.hidden")
+    series = (Series(ALL_LAYERS, "loss"), *(Series(layer, "grad_norm") for layer in names))
+    for step in range(steps):
+        norm = 0.2 * (factor if step >= 350 else 1)
+        values = np.array([9.5 - step / 1000, norm, norm, norm])
+        table.write(StepRecords(step, series, values, np.full(4, math.nan)))
+    facts = {
+        "config": {"name": name, "mechanism": mechanism, "learning_rate": rate, "seed": 0, "tokens": 8192},
+        "steps": steps,
+        "seconds": 0.2 * steps,
+        "is_finished": steps == 400,
+        "metric": "cross-entropy, nats",
+        "reference": 9.2,
+        "validation": [(steps, 9.0)],
+    }
+    path = folder / f"{name}.npz"
+    write_run(path, facts, table.arrays())
+    return path
+
+
+def test_table_json_and_figure_come_from_the_records(tmp_path, capsys):
+    softmax = write(tmp_path, "lead-softmax-seed0", "softmax", 400, factor=3e4)
+    sigmoid = write(tmp_path, "lead-sigmoid-seed0", "sigmoid", 360)
+    with zipfile.ZipFile(tmp_path / "runs.zip", "w") as archive:
+        archive.write(softmax, softmax.name)
+    softmax.unlink()
+    out = tmp_path / "out"
+    assert main([str(tmp_path / "runs.zip"), str(sigmoid), "--out", str(out)]) == 0
+    table = (out / "ledger.md").read_text()
+    assert table == capsys.readouterr().out
+    lines = table.splitlines()
+    assert "| 360 (cut) | 0.2 |" in lines[2]
+    assert lines[3].endswith("| exploded |")
+    assert "+4.5 | 350 | blocks.0.attention.query" in lines[3]
+    rows = json.loads((out / "ledger.json").read_text())["runs"]
+    assert [row["judgement"]["verdict"] for row in rows] == ["learned", "exploded"]
+    assert (out / "gradient_norms.png").stat().st_size > 10_000
+
+
+def test_largest_rates_at_which_every_seed_learned(tmp_path, capsys):
+    write(tmp_path, "rate-1e-3-softmax-seed0", "softmax", 400)
+    write(tmp_path, "rate-1e-2-softmax-seed0", "softmax", 400, factor=3e4, rate=1e-2)
+    write(tmp_path, "rate-1e-2-sigmoid-seed0", "sigmoid", 400, rate=1e-2)
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    said = "Largest of the rates 0.001, 0.01 at which every seed learned: sigmoid 0.01; softmax 0.001."
+    assert said in capsys.readouterr().out
+
+
+def test_of_a_run_in_pieces_the_longest_is_taken(tmp_path):
+    (tmp_path / "first").mkdir()
+    early = write(tmp_path / "first", "lead-softmax-seed0", "softmax", 310)
+    late = write(tmp_path, "lead-softmax-seed0", "softmax", 400)
+    for order in ([early, late], [late, early]):
+        assert read_runs(order)["lead-softmax-seed0"].facts["steps"] == 400
+
+
+def test_a_run_without_its_twin_has_no_figure(tmp_path):
+    write(tmp_path, "lead-softmax-seed0", "softmax", 400)
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / "gradient_norms.png").exists()
+
+
+@pytest.mark.parametrize("source", ["nothing.zip", "nothing.npz", "."])
+def test_no_records(tmp_path, capsys, source):
+    assert main([str(tmp_path / source), "--out", str(tmp_path / "out")]) == 2
+    assert "stress_ledger: " in capsys.readouterr().err
