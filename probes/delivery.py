@@ -45,6 +45,9 @@ class Delivery:
         layers: Names of the model's layers, in its order; that of the forward pass takes its place once it is
             known.
         incidents: Writes incident folders, if there is a place for them.
+
+    Attributes:
+        seen_order: Layers in the order of the forward pass, as far as outputs have shown it.
     """
 
     def __init__(
@@ -55,8 +58,8 @@ class Delivery:
         layers: Iterable[str] = (),
         incidents: IncidentWriter | None = None,
     ) -> None:
-        self._forward_order = list(layers)
-        self._num_ordered = 0
+        self._layers = list(layers)
+        self.seen_order: list[str] = []
         self.memory = MemorySink()
         self._sinks: list[Sink] = [self.memory, *sinks]
         self.detection = Detection(detectors, can_forget=action.leaves_out_updates)
@@ -189,6 +192,10 @@ class Delivery:
                 stacklevel=3,
             )
 
+    @property
+    def _forward_order(self) -> list[str]:
+        return self.seen_order or self._layers
+
     def _readings(self, records: StepRecords) -> dict[str, dict[str, float]]:
         """The step as detectors read it: whole layers only, a module's later calls under their own names."""
         readings: dict[str, dict[str, float]] = {}
@@ -199,8 +206,8 @@ class Delivery:
         # Detectors read forward. Outputs are measured in that order, gradients at them on the way back, and
         # parameters in the optimizer's order. The step that measured most outputs knows it best.
         outputs = readings.get("activation_rms", {})
-        if len(outputs) > self._num_ordered:
-            self._forward_order, self._num_ordered = list(outputs), len(outputs)
+        if len(outputs) > len(self.seen_order):
+            self.seen_order = list(outputs)
         position = {layer: i for i, layer in enumerate(self._forward_order)}
         return {
             quantity: dict(sorted(values.items(), key=lambda item: position.get(item[0], -1)))

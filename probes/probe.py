@@ -167,14 +167,18 @@ class Probe:
         self._close(silently=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Step count and detector state, to be saved with a checkpoint. Waits for the last step's numbers.
+        """Step count, detector state and order of layers, for a checkpoint. Waits for the last step's numbers.
 
         Raises:
             DivergenceError: If they show divergence and ``on_divergence="raise"``.
         """
         self._delivery.flush()
         self._note_checkpoint()
-        return {"step": self._watch.step, "detectors": self._delivery.detection.state_dict()}
+        return {
+            "step": self._watch.step,
+            "detectors": self._delivery.detection.state_dict(),
+            "layers": list(self._delivery.seen_order),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where ``state_dict`` was taken.
@@ -183,6 +187,7 @@ class Probe:
             ValueError: If the detectors are not the ones the state was saved from.
         """
         self._delivery.detection.load_state_dict(state["detectors"])
+        self._delivery.seen_order = list(state["layers"])
         self._watch.begin_step(state["step"])
         self._note_checkpoint()
 

@@ -6,6 +6,7 @@ import gc
 import math
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -313,6 +314,44 @@ def test_state_taken_for_a_checkpoint_includes_the_last_step() -> None:
     (_, detector_state) = state["detectors"][0]
     assert state["step"] == 3
     assert len(detector_state["tracks"]["(root)"]["range"]) == 3
+
+
+def test_the_order_of_layers_goes_with_the_checkpoint() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second, self.first = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    class Order:
+        seen: tuple[str, ...] = ()
+
+        def update(self, step: int, readings: Any) -> list[Any]:
+            self.seen = tuple(readings["grad_norm"])
+            return []
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    model = Backwards()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def one_step(probe: probes.Probe) -> None:
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    with probes.attach(model, optimizer, detectors=[Order()]) as probe:
+        one_step(probe)
+        state = probe.state_dict()
+    detector = Order()
+    with probes.attach(model, optimizer, detectors=[detector]) as probe:
+        probe.load_state_dict(state | {"step": 1})  # a step that measures no outputs
+        one_step(probe)
+    assert detector.seen.index("first") < detector.seen.index("second")
 
 
 def test_attention_may_come_in_a_later_phase_of_the_step() -> None:
