@@ -167,7 +167,7 @@ class Probe:
         self._close(silently=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Step count, detector state and order of layers, for a checkpoint. Waits for the last step's numbers.
+        """Step count, detectors and order of layers, for a checkpoint. Waits for the last step's numbers.
 
         Raises:
             DivergenceError: If they show divergence and ``on_divergence="raise"``.
