@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from probes.grids import ByQuantity, choose_rows, column_starts, grid
+from probes.reading import RecordedSeries
 from probes.record import ALL_LAYERS
 
 # Quantities whose size at one layer means something beside the others'. Counts and largest entries scatter.
@@ -66,6 +67,17 @@ def departures(groups: ByQuantity, order: Sequence[str]) -> list[Departure]:
             if known is None or _rank(departure) < _rank(known):
                 best[departure.layer] = departure
     return sorted(best.values(), key=_rank)
+
+
+def until(groups: ByQuantity, step: int) -> ByQuantity:
+    """The series before a step."""
+    return {
+        quantity: {
+            layer: RecordedSeries(one.steps[one.steps < step], one.values[one.steps < step])
+            for layer, one in by_layer.items()
+        }
+        for quantity, by_layer in groups.items()
+    }
 
 
 def _rank(departure: Departure) -> tuple[float, int]:

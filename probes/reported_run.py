@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from probes.departures import Departure, departures
+from probes.departures import Departure, departures, until
 from probes.grids import forward_order, group_tags
 from probes.pictures import RunView
 from probes.reading import RecordedRun, RecordedSeries, read
@@ -60,7 +61,9 @@ def reported_run(name: str, run: RecordedRun) -> ReportedRun:
     groups = group_tags(run)
     order = forward_order(groups)
     ranking = departures(groups, order)
-    story = tell(run.alerts, ranking)
+    broken = [departure.step for departure in ranking if not math.isfinite(departure.farthest)]
+    before = departures(until(groups, min(broken)), order) if broken else []
+    story = tell(run.alerts, ranking, before)
     if not groups:
         story = Story(
             "Nothing was recorded",

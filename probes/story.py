@@ -41,36 +41,44 @@ class Story(NamedTuple):
     remedies: tuple[str, ...] = ()
 
 
-def tell(alerts: Sequence[Alert], ranking: Sequence[Departure]) -> Story:
+def tell(
+    alerts: Sequence[Alert], ranking: Sequence[Departure], before_broken: Sequence[Departure] = ()
+) -> Story:
     """The story of a run: its first alert of divergence, or its first warning, or what is plain in the data.
 
     Args:
         alerts: Of the run. The default detectors name the origin of an episode, not the loudest layer.
         ranking: As of :func:`probes.departures.departures`.
+        before_broken: The same of the steps before anything was not finite, where something was.
     """
     if alerts:
         return _of_alert(next((alert for alert in alerts if alert.severity == "divergence"), alerts[0]))
     if not ranking:
         return Story("Nothing to compare", "No alert was recorded, and no layer has two steps to compare.")
     broken = [departure for departure in ranking if not math.isfinite(departure.farthest)]
-    far = broken or [departure for departure in ranking if departure.decades >= _STANDS_OUT]
-    if not far:
+    far = [one for one in (before_broken if broken else ranking) if one.decades >= _STANDS_OUT]
+    if not far and not broken:
         return Story(
             "Nothing stands out",
             "No alert was recorded, and no layer went a factor of 100 away from its past and its peers.",
         )
-    origin = min(far, key=lambda departure: departure.step) if broken else far[0]
-    what = "non finite" if broken else f"{origin.quantity} left its range"
+    origin = far[0] if far else min(broken, key=lambda departure: departure.step)
+    what = f"{origin.quantity} left its range" if far else "non finite"
+    sentence = (
+        f"No alert was recorded. What stands out: {origin.quantity} in `{origin.layer}` went from "
+        f"{number(origin.usual)} to {number(origin.farthest)} ({unit(origin.quantity)}), away from its past "
+        f"and its peers since step {origin.step}"
+    )
+    if far and broken:
+        sentence += f"; from step {min(departure.step for departure in broken)} on, values are not finite"
     return Story(
         f"{what} in {origin.layer}",
-        f"No alert was recorded. What stands out: {origin.quantity} in `{origin.layer}` went from "
-        f"{number(origin.usual)} to {number(origin.farthest)} ({unit(origin.quantity)}), away from its "
-        f"past and its peers since step {origin.step}.",
+        f"{sentence}.",
         what,
         origin.layer,
         origin.step,
         origin.quantity,
-        tuple(departure.layer for departure in far if departure is not origin),
+        tuple(departure.layer for departure in (far or broken) if departure is not origin),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from probes.departures import departures
+from probes.departures import departures, until
 from probes.grids import ByQuantity
 from probes.reading import RecordedSeries
 from probes.story import tell
@@ -65,6 +65,18 @@ def test_what_is_not_finite_comes_before_all_else_and_the_earliest_is_the_origin
     story = tell([], ranking)
     assert (story.layer, story.step, story.what) == ("blocks.6", 320, "non finite")
     assert "No alert was recorded" in story.sentence
+
+
+def test_a_layer_that_left_before_anything_broke_is_the_origin() -> None:
+    values = sound_run()
+    values[7, 200:] *= 1.1 ** np.arange(200)
+    values[:, 320:] = np.nan
+    ranking = departures(groups(values), LAYERS)
+    story = tell([], ranking, departures(until(groups(values), 320), LAYERS))
+    assert story.layer == "blocks.7"
+    assert story.step is not None
+    assert 204 <= story.step <= 212
+    assert "from step 320 on, values are not finite" in story.sentence
 
 
 def test_zeros_and_negative_values_are_passed_over() -> None:
