@@ -48,8 +48,11 @@ def html(runs: Sequence[ReportedRun], shown: Sequence[HeatMap | Curves]) -> str:
     parts.append(f"<h2>In numbers</h2>{html_table(head, facts)}")
     for one in runs:
         if one.ranking:
-            of = f" in {escape(one.view.name)}" if several else ""
-            parts.append(f"<h2>Layers that went farthest from their past and their peers{of}</h2>")
+            of = f" in {one.view.name}" if several else ""
+            heading = f"Layers that went farthest from their past and their peers{of}"
+            if one.broken_step is not None:
+                heading += f", before step {one.broken_step}, where values are no longer finite"
+            parts.append(f"<h2>{escape(heading)}</h2>")
             parts.append(html_table(RANKING_HEAD, ranking_rows(one)))
     if figures:
         parts.append(f"<h2>Layer by layer, step by step</h2>{HOW_TO_READ}")

@@ -25,7 +25,8 @@ class ReportedRun(NamedTuple):
     Attributes:
         view: What pictures need.
         story: What is said first.
-        ranking: Layers, the farthest from their past and their peers first.
+        ranking: Layers, the farthest from their past and their peers first, before anything was not finite.
+        broken_step: First step at which something was not; None where all is.
         alerts: Of the run.
         facts: A few numbers, by their names.
     """
@@ -33,6 +34,7 @@ class ReportedRun(NamedTuple):
     view: RunView
     story: Story
     ranking: Sequence[Departure]
+    broken_step: int | None
     alerts: Sequence[Alert]
     facts: dict[str, str]
 
@@ -62,16 +64,18 @@ def reported_run(name: str, run: RecordedRun) -> ReportedRun:
     order = forward_order(groups)
     ranking = departures(groups, order)
     broken = [departure.step for departure in ranking if not math.isfinite(departure.farthest)]
-    before = departures(until(groups, min(broken)), order) if broken else []
+    broken_step = min(broken, default=None)
+    before = [] if broken_step is None else departures(until(groups, broken_step), order)
     story = tell(run.alerts, ranking, before)
     if not groups:
         story = Story(
             "Nothing was recorded",
             "The run holds no record yet: it ended, or was killed, before its second recorded step.",
         )
+    ranking = before or ranking
     spread = (*story.spread, *(departure.layer for departure in ranking[:3]))
     view = RunView(name, groups, order, story.layer, story.step, spread)
-    return ReportedRun(view, story, ranking, run.alerts, _facts(groups, run.alerts))
+    return ReportedRun(view, story, ranking, broken_step, run.alerts, _facts(groups, run.alerts))
 
 
 def _read(path: Path) -> RecordedRun:

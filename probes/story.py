@@ -15,6 +15,8 @@ from stability.divergence import Alert
 # A layer that goes a factor of a hundred more or less than its peers stands out without a detector. Gradients
 # of single layers in sound runs go a factor of thirty.
 _STANDS_OUT = 2.0
+# What led to a value that is not finite went on until then; a spike that was over long before did not.
+_RECENT_SHARE, _RECENT_STEPS = 20, 20
 
 
 class Story(NamedTuple):
@@ -57,6 +59,10 @@ def tell(
         return Story("Nothing to compare", "No alert was recorded, and no layer has two steps to compare.")
     broken = [departure for departure in ranking if not math.isfinite(departure.farthest)]
     far = [one for one in (before_broken if broken else ranking) if one.decades >= _STANDS_OUT]
+    if broken:
+        first_broken = min(departure.step for departure in broken)
+        recent = first_broken - max(first_broken // _RECENT_SHARE, _RECENT_STEPS)
+        far = [departure for departure in far if departure.farthest_step >= recent]
     if not far and not broken:
         return Story(
             "Nothing stands out",
@@ -70,7 +76,7 @@ def tell(
         f"and its peers since step {origin.step}"
     )
     if far and broken:
-        sentence += f"; from step {min(departure.step for departure in broken)} on, values are not finite"
+        sentence += f"; from step {first_broken} on, values are not finite"
     return Story(
         f"{what} in {origin.layer}",
         f"{sentence}.",

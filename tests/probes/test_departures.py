@@ -79,6 +79,16 @@ def test_a_layer_that_left_before_anything_broke_is_the_origin() -> None:
     assert "from step 320 on, values are not finite" in story.sentence
 
 
+def test_a_spike_that_was_over_long_before_is_another_story() -> None:
+    values = sound_run()
+    values[7, 200] *= 1e6
+    values[3, 320:] = np.nan
+    before = departures(until(groups(values), 320), LAYERS)
+    assert before[0].layer == "blocks.7"
+    story = tell([], departures(groups(values), LAYERS), before)
+    assert (story.layer, story.step) == ("blocks.3", 320)
+
+
 def test_zeros_and_negative_values_are_passed_over() -> None:
     values = np.zeros((12, 400))
     values[4] = -1.0

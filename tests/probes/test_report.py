@@ -238,7 +238,8 @@ def test_a_million_steps_of_200_layers_take_less_than_a_minute(tmp_path: Path) -
     started = time.monotonic()
     page = write_report(tmp_path).read_text()
     assert time.monotonic() - started < 60
+    assert headline(page).endswith("non finite in blocks.1.m3")
+    assert "before step 800000" in text_of(page)
     ranking = text_of(page).split("Layers that went farthest")[1]
-    assert re.search(r"blocks\.1\.m3\s+grad_norm\s+[\d.]+\s+nan\s+800000", ranking)
     assert re.search(r"blocks\.7\.m7\s+grad_norm\s+[\d.]+\s+1e\+06\s+600000", ranking)
     assert probes.read(tmp_path)
