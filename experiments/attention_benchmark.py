@@ -210,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 130 after Ctrl-C, 2 if nothing can be written to --out.
     """
+    from rich.progress import Progress
+
     options = parse_arguments(arguments)
     console = report_console()
     json_path, figure_path = options.out / "attention.json", options.out / "attention.png"
@@ -222,34 +224,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = PRESETS[options.preset]
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        for case in cases:
-            console.print(f"{case} …")
-            found, ceilings[str(case)], failed[str(case)] = measure_case(
-                case, options.device, dtype, rounds=options.rounds, turn_ms=options.turn_ms
-            )
-            inputs = Inputs.random(case, options.device, dtype)
-            lengths = case.lengths
-            explanations[str(case)] = str(
-                explain(
-                    inputs.query, inputs.key, inputs.value,
-                    is_causal=case.is_causal, key_lengths=lengths, query_lengths=lengths,
+        with Progress(console=console) as progress:
+            task = progress.add_task("", total=len(cases))
+            for case in cases:
+                progress.update(task, description=str(case))
+                found, ceilings[str(case)], failed[str(case)] = measure_case(
+                    case, options.device, dtype, rounds=options.rounds, turn_ms=options.turn_ms
                 )
-            )  # fmt: skip
-            measurements += found
-            # After each case: a machine that is taken away leaves what was measured.
-            write_json(
-                json_path,
-                {
-                    "schema_version": 1,
-                    **run_facts("attention_benchmark", arguments, started),
-                    "rounds": options.rounds,
-                    "measurements": [asdict(measurement) for measurement in measurements],
-                    "ceilings": ceilings,
-                    "failed": failed,
-                    "explanations": explanations,
-                    **provenance(options.device),
-                },
-            )
+                inputs = Inputs.random(case, options.device, dtype)
+                lengths = case.lengths
+                explanations[str(case)] = str(
+                    explain(
+                        inputs.query, inputs.key, inputs.value,
+                        is_causal=case.is_causal, key_lengths=lengths, query_lengths=lengths,
+                    )
+                )  # fmt: skip
+                measurements += found
+                # After each case: a machine that is taken away leaves what was measured.
+                write_json(
+                    json_path,
+                    {
+                        "schema_version": 1,
+                        **run_facts("attention_benchmark", arguments, started),
+                        "rounds": options.rounds,
+                        "measurements": [asdict(measurement) for measurement in measurements],
+                        "ceilings": ceilings,
+                        "failed": failed,
+                        "explanations": explanations,
+                        **provenance(options.device),
+                    },
+                )
+                progress.advance(task)
     except OSError as error:
         print(f"attention_benchmark: {error}", file=sys.stderr)
         return 2

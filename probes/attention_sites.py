@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stability.attention.compiled import Place
 from stability.attention.seen import SeenAttention, UnseenAttentionError, seen_logits
+from stability.html_table import html_table
 
 _HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 
@@ -36,6 +37,29 @@ class AttentionSite:
     query_shape: tuple[int, ...] | None = None
     key_shape: tuple[int, ...] | None = None
     unseen: str | None = None
+
+
+class AttentionSites(list[AttentionSite]):
+    """A list that notebooks show as a table."""
+
+    def _repr_html_(self) -> str:
+        head = ("layer", "call", "function", "mechanism", "heads", "query", "key", "not seen because")
+        return html_table(
+            head,
+            [
+                [
+                    f"`{site.layer}`",
+                    str(site.call),
+                    site.kind,
+                    site.mechanism or "–",
+                    "–" if site.num_heads is None else str(site.num_heads),
+                    " × ".join(map(str, site.query_shape or ())) or "–",
+                    " × ".join(map(str, site.key_shape or ())) or "–",
+                    site.unseen or "",
+                ]
+                for site in self
+            ],
+        )
 
 
 def attention_site(place: Place, function: str, seen: SeenAttention) -> AttentionSite:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from probes.attention_sites import AttentionSite
+from probes.attention_sites import AttentionSites
 from probes.delivery import Delivery
 from probes.quantities import QUANTITIES
 from probes.record import ALL_LAYERS, Record, Series
@@ -21,6 +21,9 @@ from probes.schedule import Schedule
 from probes.snapshots import Snapshots
 from probes.watch import Watch
 from stability.divergence import Alert
+from stability.html_table import html_table
+
+_SHOWN_ALERTS = 5
 
 
 class Probe:
@@ -79,10 +82,10 @@ class Probe:
         return list(self._delivery.memory.alerts)
 
     @property
-    def attention_sites(self) -> list[AttentionSite]:
+    def attention_sites(self) -> AttentionSites:
         """Where the model computes attention, as far as its forward passes have shown."""
         attention = self._watch.attention
-        return [*attention.sites.values(), *attention.unseen.values()]
+        return AttentionSites([*attention.sites.values(), *attention.unseen.values()])
 
     def log(self, **values: float | Tensor) -> None:
         """Records numbers of the training script, such as the loss, with the step under way.
@@ -209,6 +212,19 @@ class Probe:
         state = "closed" if self._is_closed else "attached"
         num_records = len(self._delivery.memory)
         return f"<Probe {state}: step {self._watch.step}, {num_records} records, {len(self.alerts)} alerts>"
+
+    def _repr_html_(self) -> str:
+        sites = self.attention_sites
+        unseen = sum(site.unseen is not None for site in sites)
+        facts = [
+            ["state", "closed" if self._is_closed else "attached"],
+            ["step", f"{self._watch.step:,}"],
+            ["records in memory", f"{len(self._delivery.memory):,}"],
+            ["attention calls", f"{len(sites) - unseen} seen, {unseen} not"],
+            ["alerts", str(len(self.alerts))],
+            *([alert.kind or alert.quantity, str(alert)] for alert in self.alerts[-_SHOWN_ALERTS:]),
+        ]
+        return html_table(("", ""), facts)
 
     def _note_checkpoint(self) -> None:
         if self._delivery.incidents is not None:

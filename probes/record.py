@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
+from probes.quantities import QUANTITIES
 from stability.attention.summary import Kind
 from stability.divergence import ALL_LAYERS
+
+_TAG = re.compile(r"(.*?)(?:/call_(\d+))?(?:/head_(\d+))?", re.DOTALL)
 
 __all__ = ["ALL_LAYERS", "Kind", "Record", "Series", "StepRecords", "series_of"]
 
@@ -39,6 +43,23 @@ class Series(NamedTuple):
         call = f"/call_{self.call}" if self.call else ""
         head = "" if self.head is None else f"/head_{self.head}"
         return f"{self.quantity}/{self.layer}{call}{head}"
+
+    @classmethod
+    def from_tag(cls, tag: str) -> Series:
+        """The series of a tag; what a tag does not tell has its default.
+
+        Example:
+            >>> Series.from_tag("attention/entropy/blocks.0/head_2")
+            Series(layer='blocks.0', quantity='attention/entropy', head=2, call=0, rank=None, kind='exact')
+        """
+        name, call, head = _TAG.fullmatch(tag).groups()  # type: ignore[union-attr]  # matches every text
+        if name.endswith(f"/{ALL_LAYERS}"):  # what the script logs may have any name
+            quantity, layer = name.removesuffix(f"/{ALL_LAYERS}"), ALL_LAYERS
+        else:
+            parts = name.split("/")
+            length = 2 if "/".join(parts[:2]) in QUANTITIES else 1
+            quantity, layer = "/".join(parts[:length]), "/".join(parts[length:])
+        return cls(layer, quantity, None if head is None else int(head), int(call or 0))
 
 
 @lru_cache(maxsize=2**16)

@@ -9,7 +9,7 @@ intervals, which cover the real numbers between the floating-point ones. All con
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stability.adversarial_rows import climb, extreme_rows
+from stability.html_table import html_table
 from stability.jacobian import softmax_jacobian, softmax_jacobian_norms
 from stability.row_moments import sigmoid_derivative
 
@@ -67,6 +68,9 @@ class BoundCheck:
         """Something was checked and nothing broke the bound."""
         return self.checked > 0 and self.violations == 0
 
+    def _repr_html_(self) -> str:
+        return _html([self])
+
 
 class SoftmaxBoundChecks(NamedTuple):
     """Checks of the softmax row Jacobian: largest entry, spectral norm, largest absolute row sum."""
@@ -74,6 +78,23 @@ class SoftmaxBoundChecks(NamedTuple):
     entry: BoundCheck
     spectral: BoundCheck
     infinity: BoundCheck
+
+    def _repr_html_(self) -> str:
+        return _html(self)
+
+
+def _html(checks: Iterable[BoundCheck]) -> str:
+    rows = [
+        [
+            check.quantity,
+            "holds" if check.holds else f"{check.violations} violations",
+            f"{check.bound:g}",
+            f"{check.maximum:.9g}",
+            f"{check.checked:,}",
+        ]
+        for check in checks
+    ]
+    return html_table(("quantity", "bound", "at most", "largest seen", "inputs checked"), rows)
 
 
 def num_finite_values(dtype: torch.dtype) -> int:

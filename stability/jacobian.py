@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stability.html_table import html_table, spread_rows
 from stability.row_moments import (
     NEGATIVE_INFINITY,
     SoftmaxRowMoments,
@@ -49,6 +50,12 @@ class JacobianNorms(NamedTuple):
     trace: Tensor
     off_diagonal_share: Tensor
     infinity_to_one_is_exact: Tensor
+
+    def _repr_html_(self) -> str:
+        rows = spread_rows(zip(self._fields[:-1], self[:-1], strict=True))
+        exact = int(self.infinity_to_one_is_exact.sum())
+        note = f"{exact} of {self.frobenius.numel()} rows have infinity_to_one exactly"
+        return html_table(("norm", "smallest", "median", "largest"), rows) + f"<p>{note}</p>"
 
 
 def softmax_jacobian(logits: Tensor) -> Tensor:

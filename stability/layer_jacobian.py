@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stability.html_table import html_table
 from stability.norms import tensor_norm
 
 
@@ -32,6 +33,15 @@ class LayerJacobianNorms(NamedTuple):
     spectral_residual: Tensor
     frobenius: Tensor
     frobenius_standard_error: Tensor
+
+    def _repr_html_(self) -> str:
+        return html_table(
+            ("norm of ∂output/∂input", "value", "how exact"),
+            [
+                ["spectral", f"{self.spectral:.4g}", f"from below; residual {self.spectral_residual:.1e}"],
+                ["frobenius", f"{self.frobenius:.4g}", f"± {self.frobenius_standard_error:.2g}"],
+            ],
+        )
 
 
 @torch.no_grad()

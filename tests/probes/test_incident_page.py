@@ -125,32 +125,6 @@ def test_the_page_is_well_formed() -> None:
     assert "<script" not in page
 
 
-def test_layers_stand_in_the_order_of_the_forward_pass() -> None:
-    rows = incident_page._rows({name: {0: 1.0} for name in reversed(LAYERS)}, LAYERS, None)
-    assert rows == LAYERS
-
-
-def test_a_module_that_is_never_called_stands_with_its_parent() -> None:
-    order = ["a", "a.attention", "b"]
-    rows = incident_page._rows({name: {0: 1.0} for name in ("b", "a.attention.out_proj", "a")}, order, None)
-    assert rows == ["a", "a.attention.out_proj", "b"]
-
-
-def test_of_many_layers_the_alerts_own_are_always_shown() -> None:
-    layers = [f"blocks.{index}" for index in range(300)]
-    alert = Alert(0, "blocks.123", "q", "warning", 1.0, None, "", spread=("blocks.122", "blocks.299"))
-    rows = incident_page._rows({layer: {0: 1.0} for layer in layers}, layers, alert)
-    assert len(rows) == incident_page.MAX_ROWS
-    assert {"blocks.122", "blocks.123", "blocks.299"} < set(rows)
-    assert rows == sorted(rows, key=layers.index)
-
-
-def test_rows_that_are_nearly_empty_are_left_out_but_for_the_alerts() -> None:
-    by_layer = {"block": dict.fromkeys(range(10), 1.0), "a": {0: 1.0}, "b": {0: 1.0}}
-    alert = Alert(0, "b", "q", "warning", 1.0, None, "")
-    assert incident_page._rows(by_layer, ["block", "a", "b"], alert) == ["block", "b"]
-
-
 def test_it_stays_small_with_many_layers_and_steps() -> None:
     series = tuple(Series(f"blocks.{index}", "grad_norm") for index in range(400))
     values = np.random.default_rng(0).lognormal(size=(512, 400))
