@@ -147,7 +147,7 @@ def _colour_bar(low: float, high: float, is_log: bool, x: int) -> list[str]:
     parts = []
     for position, number in enumerate(numbers):
         share = (number - low) / (high - low) if high > low else 0.5
-        red, green, blue = _colour(share)
+        red, green, blue = colour(share)
         y = 6 + position * 15
         label = _number(10**number if is_log else number)
         parts.append(
@@ -169,7 +169,7 @@ def _svg(parts: Sequence[str], width: int, height: int, title: str) -> str:
 def _png(indices: np.ndarray) -> str:
     """A palette PNG, base64-encoded; indices uint8 [height, width]."""
     palette = bytes(3)
-    palette += b"".join(bytes(_colour(i / (_NUM_COLOURS - 1))) for i in range(_NUM_COLOURS))
+    palette += b"".join(bytes(colour(i / (_NUM_COLOURS - 1))) for i in range(_NUM_COLOURS))
     palette += bytes(3) + b"\xff" * 3
     height, width = indices.shape
     lines = np.concatenate([np.zeros((height, 1), np.uint8), indices], axis=1).tobytes()  # 0: no filter
@@ -187,7 +187,8 @@ def _png(indices: np.ndarray) -> str:
     return base64.b64encode(png).decode()
 
 
-def _colour(share: float) -> tuple[int, int, int]:
+def colour(share: float) -> tuple[int, int, int]:
+    """Red, green and blue of a value that lies at ``share``, from 0 to 1, of the scale."""
     position = share * (len(_SCALE) - 1)
     index = min(int(position), len(_SCALE) - 2)
     left, right = (bytes.fromhex(colour) for colour in _SCALE[index : index + 2])

@@ -69,9 +69,9 @@ def test_extremes_are_drawn(values: list[list[float]]) -> None:
 
 
 def test_lightness_rises_evenly_so_that_it_reads_without_colour() -> None:
-    from probes.charts import _colour
+    from probes.charts import colour
 
-    luminance = [np.dot(_colour(share), (0.2126, 0.7152, 0.0722)) for share in np.linspace(0, 1, 50)]
+    luminance = [np.dot(colour(share), (0.2126, 0.7152, 0.0722)) for share in np.linspace(0, 1, 50)]
     steps = np.diff(luminance)
     assert (steps > 0).all()
     assert steps.max() < 3.5 * steps.min()
