@@ -56,15 +56,16 @@ SETTINGS = {
     "timeSeriesSettingsPaneOpened": False,
 }
 
-# {tag: number of lines} of the cards in sight, 0 while a card loads. Cards out of sight are never drawn.
+# [tag, number of lines] of the cards in sight, 0 while a card loads. Cards out of sight are never drawn. Pairs,
+# because the driver sorts the keys of an object.
 LINES_IN_SIGHT = """
 const cards = [...document.querySelectorAll("scalar-card")];
 const inSight = cards.filter(card => card.getBoundingClientRect().top < window.innerHeight);
 const isLoading = card => card.querySelector("mat-spinner") !== null;
-return Object.fromEntries(inSight.map(card => [
+return inSight.map(card => [
     card.querySelector("tb-truncated-path").title,
     isLoading(card) ? 0 : card.querySelectorAll("line-chart .series-view > svg path").length,
-]));
+]);
 """
 
 OPEN_CARD_MENU = """
@@ -178,7 +179,7 @@ def _wait_until_drawn(browser: webdriver.Chrome) -> dict[str, int]:
 
     def is_drawn(browser: webdriver.Chrome) -> bool:
         nonlocal last
-        previous, last = last, browser.execute_script(LINES_IN_SIGHT)
+        previous, last = last, dict(browser.execute_script(LINES_IN_SIGHT))
         return bool(last) and all(last.values()) and last == previous
 
     WebDriverWait(browser, TIMEOUT, poll_frequency=1.0).until(
