@@ -62,8 +62,9 @@ class EventFiles:
 
     def close(self) -> None:
         """Closes the file."""
-        _unlock(self._file)
-        self._file.close()
+        if not self._file.closed:
+            _unlock(self._file)
+            self._file.close()
 
     def _begin(self) -> BinaryIO:
         name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"

@@ -171,10 +171,12 @@ class TensorBoardSink:
 
     def close(self) -> None:
         """See :class:`~probes.sinks.Sink`."""
-        self._draw()
-        if self._end is not None:
-            self._add(self._last_step, self._end)
-        self._files.close()
+        try:
+            self._draw()
+            if self._end is not None:
+                self._add(self._last_step, self._end)
+        finally:
+            self._files.close()
 
     def _columns_of(self, series: tuple[Series, ...]) -> _Columns:
         known = self._columns.get(len(series))
