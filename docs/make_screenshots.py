@@ -1,6 +1,12 @@
 """Photograph TensorBoard: a real server on a run directory, seen by a real headless browser.
 
     python docs/make_screenshots.py RUN_DIR OUT.png --tags '^grad_norm/' --runs 'seed_0'
+    python docs/make_screenshots.py RUN_DIR OUT.png --page custom_scalars --dark
+
+The pictures of docs/tensorboard.md, of
+`python -m experiments.stress_test --learning-rates 1e-3 3 --seeds 0 --log-dir RUNS`:
+
+    python docs/make_screenshots.py RUNS docs/images --pages
 
 Needs Chromium and its driver (Debian: `apt-get install chromium chromium-driver`) and selenium, which the
 `test` extra brings.
@@ -21,6 +27,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 from selenium import webdriver
@@ -49,15 +56,16 @@ SETTINGS = {
     "timeSeriesSettingsPaneOpened": False,
 }
 
-# {tag: number of lines} of the cards in sight, 0 while a card loads. Cards out of sight are never drawn.
+# [tag, number of lines] of the cards in sight, 0 while a card loads. Cards out of sight are never drawn. Pairs,
+# because the driver sorts the keys of an object.
 LINES_IN_SIGHT = """
 const cards = [...document.querySelectorAll("scalar-card")];
 const inSight = cards.filter(card => card.getBoundingClientRect().top < window.innerHeight);
 const isLoading = card => card.querySelector("mat-spinner") !== null;
-return Object.fromEntries(inSight.map(card => [
+return inSight.map(card => [
     card.querySelector("tb-truncated-path").title,
     isLoading(card) ? 0 : card.querySelectorAll("line-chart .series-view > svg path").length,
-]));
+]);
 """
 
 OPEN_CARD_MENU = """
@@ -67,6 +75,32 @@ TOGGLE_LOG_SCALE = """
 const item = document.querySelector('[role=menu] button[aria-label^="Toggle Y-axis log scale"]');
 item?.click();
 return item !== null;
+"""
+# What a page shows, through its elements' shadow roots: words, pictures that have arrived, lines of charts.
+PAGE_STATE = """
+const words = [], images = [];
+let lines = 0;
+const visit = root => {
+    for (const node of root.childNodes) {
+        if (node.nodeType === Node.TEXT_NODE && node.data.trim()) words.push(node.data.trim());
+        if (node.nodeType !== Node.ELEMENT_NODE) continue;
+        if (["STYLE", "SCRIPT", "NOSCRIPT"].includes(node.tagName)) continue;
+        if (node.tagName === "IMG" && node.naturalWidth > 1) images.push(node.naturalWidth);
+        if (node.tagName === "path" && node.getAttribute("d")) lines += 1;
+        if (node.shadowRoot) visit(node.shadowRoot);
+        visit(node);
+    }
+};
+visit(document.body);
+return {text: words.join(" "), images: images, lines: lines};
+"""
+SHOW_ACTUAL_SIZE = """
+const visit = root => [...root.querySelectorAll("*")].some(node => {
+    const isIt = node.tagName === "PAPER-CHECKBOX" && node.textContent.includes("actual image size");
+    if (isIt) node.click();
+    return isIt || (node.shadowRoot && visit(node.shadowRoot));
+});
+return visit(document);
 """
 MENU_IS_CLOSED = "return document.querySelector('[role=menu]') === null"
 DROP_FOCUS = "document.activeElement.blur()"
@@ -145,7 +179,7 @@ def _wait_until_drawn(browser: webdriver.Chrome) -> dict[str, int]:
 
     def is_drawn(browser: webdriver.Chrome) -> bool:
         nonlocal last
-        previous, last = last, browser.execute_script(LINES_IN_SIGHT)
+        previous, last = last, dict(browser.execute_script(LINES_IN_SIGHT))
         return bool(last) and all(last.values()) and last == previous
 
     WebDriverWait(browser, TIMEOUT, poll_frequency=1.0).until(
@@ -198,15 +232,79 @@ def screenshot(
     return lines
 
 
+def photograph(
+    address: str,
+    path: Path,
+    page: str,
+    *,
+    tags: str = "",
+    runs: str = "",
+    is_dark: bool = False,
+    width: int = 1600,
+    height: int = 840,
+) -> dict[str, Any]:
+    """Write a PNG of one of the other pages of the TensorBoard server at `address`.
+
+    Args:
+        address: Of the server, as `serve_tensorboard` yields it.
+        path: PNG file to write.
+        page: "custom_scalars", "images" (at their actual size), "text", "distributions" or "hparams".
+        tags: Regular expression that picks the cards.
+        runs: Regular expression that picks the runs.
+        is_dark: Whether to take TensorBoard's dark theme.
+        width: Of the picture, in pixels.
+        height: Of the picture, in pixels.
+
+    Returns:
+        What the page shows: its "text", the widths of its "images", how many "lines" its charts have.
+
+    Raises:
+        RuntimeError: no Chromium or no driver for it.
+        selenium.common.TimeoutException: the page did not come to rest.
+    """
+    query = urlencode({"darkMode": "true"} if is_dark else {})
+    fragment = urlencode({"tagFilter": tags, "regexInput": runs, "_smoothingWeight": 0})
+    states: list[dict[str, Any]] = []
+
+    def is_at_rest(browser: webdriver.Chrome) -> bool:
+        states.append(browser.execute_script(PAGE_STATE))
+        return len(states) > 4 and all(state == states[-1] for state in states[-4:])
+
+    with _browser(width, height) as browser:
+        browser.get(f"{address}/?{query}#{page}&{fragment}")
+        wait = WebDriverWait(browser, TIMEOUT, poll_frequency=1.0)
+        wait.until(is_at_rest, "the page did not come to rest")
+        if page == "images":
+            browser.execute_script(SHOW_ACTUAL_SIZE)
+            states.clear()
+            wait.until(is_at_rest, "the page did not come to rest")
+        browser.execute_script(DROP_FOCUS)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(browser.get_screenshot_as_png())
+    return states[-1]
+
+
+DOCS_PICTURES: dict[str, dict[str, Any]] = {
+    "overview": {"page": "custom_scalars", "height": 790},
+    "overview_dark": {"page": "custom_scalars", "height": 790, "is_dark": True},
+    "heat_map": {"page": "images", "tags": "grad_norm", "runs": "x-lr3", "height": 1220},
+    "alerts": {"page": "text", "tags": "alerts", "height": 560},
+    "hparams": {"page": "hparams", "height": 420},
+}
+
+
 def main() -> None:
     """Parse the command line, serve the run directory and take the picture."""
-    parser = argparse.ArgumentParser(description="Photograph TensorBoard's time-series page.")
+    parser = argparse.ArgumentParser(description="Photograph TensorBoard.")
     parser.add_argument(
         "run_dir", type=Path, help="directory with TensorBoard event files, searched recursively"
     )
-    parser.add_argument("out", type=Path, help="PNG file to write")
+    parser.add_argument("out", type=Path, help="PNG file to write, or a folder with --pages")
     parser.add_argument("--tags", default="", help="regular expression that picks the cards")
     parser.add_argument("--runs", default="", help="regular expression that picks the runs")
+    parser.add_argument(
+        "--pages", action="store_true", help="OUT is a folder: the pictures of docs/tensorboard.md"
+    )
     parser.add_argument("--linear", action="store_true", help="linear y-axes (default: logarithmic)")
     parser.add_argument(
         "--width", type=int, default=1600, help="of the picture, in pixels (default: %(default)s)"
@@ -216,6 +314,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     with serve_tensorboard(args.run_dir) as address:
+        if args.pages:
+            for name, arguments in DOCS_PICTURES.items():
+                state = photograph(address, args.out / f"tensorboard_{name}.png", **arguments)
+                print(f"{name}: {len(state['images'])} pictures, {state['lines']} lines")
+            return
         lines = screenshot(
             address,
             args.out,

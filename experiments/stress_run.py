@@ -95,7 +95,8 @@ def train(
     hidden: list[torch.Tensor] = []
     is_interrupted = False
     started = time.perf_counter()
-    probe = probes.attach(model, optimizer, log_dir=log_dir, on_divergence="ignore")
+    hparams = {"mechanism": model_config.attention, "learning_rate": learning_rate, "seed": seed}
+    probe = probes.attach(model, optimizer, log_dir=log_dir, on_divergence="ignore", hparams=hparams)
     try:
         for _, batch in zip(range(settings.steps), batches, strict=False):
             hidden.append(batch.targets[batch.mask])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
@@ -16,12 +17,12 @@ from probes.delivery import Delivery
 from probes.failures import ProbeWarning
 from probes.flight_recorder import FlightRecorder
 from probes.flight_recorder_file import FILE_NAME
-from probes.incident import IncidentWriter
+from probes.incident import IncidentWriter, environment
 from probes.layers import select_layers
 from probes.probe import Probe
 from probes.schedule import Schedule
 from probes.sinks.sink import Sink
-from probes.sinks.tensorboard import TensorBoardSink
+from probes.sinks.tensorboard import HParam, TensorBoardSink, check_hparams
 from probes.snapshots import Snapshots
 from stability.divergence import Detector, default_detectors
 from stability.module_calls import is_compiled, layer_names
@@ -49,6 +50,7 @@ def attach(
     flight_recorder: int = 512,
     same_step: bool = False,
     snapshot_every: int = 100,
+    hparams: Mapping[str, HParam] | None = None,
 ) -> Probe:
     """Watches a model while it trains, layer by layer, without changing it.
 
@@ -88,6 +90,8 @@ def attach(
             every recorded step. It takes exactly one optimizer.
         snapshot_every: Steps between the snapshots of ``on_divergence="restore"``, of which two are kept:
             with AdamW six times the size of the parameters, in the devices' memory.
+        hparams: Names and values, such as the learning rate, by which TensorBoard's HParams page tells runs
+            apart; it sorts them by their peak gradient norm.
 
     Returns:
         The attached probe. Close it, or use it as a context manager.
@@ -125,6 +129,15 @@ def attach(
     if attention_rows is not None:
         _check_count("attention_rows", attention_rows, minimum=1)
     _check_optimizers(optimizers, model)
+    if hparams is not None:
+        check_hparams(hparams)
+    schedule = Schedule(
+        gradients=every,
+        activations=activations_every,
+        details=details_every,
+        attention=DEFAULT_ATTENTION_EVERY if attention_every is None else attention_every,
+        layer_jacobians=layer_jacobian_every,
+    )
     names = layer_names(model)
     selected = select_layers(names.values(), layers)
     action = AlertAction(on_divergence, same_step=same_step)
@@ -136,7 +149,13 @@ def attach(
     incidents = None
     if log_dir is not None:  # after every check: a refused call leaves no directory behind
         log_dir = Path(log_dir)
-        sinks = (TensorBoardSink(log_dir), *sinks)
+        configuration = _configuration(model, optimizers, schedule)
+        sinks = (
+            TensorBoardSink(
+                log_dir, layers=tuple(names.values()), configuration=configuration, hparams=hparams
+            ),
+            *sinks,
+        )
         recorder = _flight_recorder(log_dir, flight_recorder, len(selected)) if flight_recorder else None
         if recorder is not None:
             sinks = (recorder, *sinks)
@@ -149,13 +168,7 @@ def attach(
         optimizers,
         delivery,
         selected=selected,
-        schedule=Schedule(
-            gradients=every,
-            activations=activations_every,
-            details=details_every,
-            attention=DEFAULT_ATTENTION_EVERY if attention_every is None else attention_every,
-            layer_jacobians=layer_jacobian_every,
-        ),
+        schedule=schedule,
         attention_rows=attention_rows,
         is_attention_required=bool(attention_every),
         same_step=same_step,
@@ -182,6 +195,23 @@ def _flight_recorder(log_dir: Path, steps: int, num_layers: int) -> FlightRecord
     except OSError as error:
         warnings.warn(f"no flight recorder and no incident folders: {error}", ProbeWarning, stacklevel=3)
         return None
+
+
+def _configuration(
+    model: nn.Module, optimizers: Sequence[Optimizer], schedule: Schedule
+) -> dict[str, object]:
+    """What TensorBoard's Text page tells of the run."""
+    rows: dict[str, object] = {
+        "model": type(model).__name__,
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+    }
+    for optimizer in optimizers:
+        # No tensor among them: to print one on a device is to wait for it.
+        defaults = optimizer.defaults.items()
+        told = (f"{key}={value}" for key, value in defaults if isinstance(value, bool | int | float | tuple))
+        rows[f"optimizer {type(optimizer).__name__}"] = ", ".join(told)
+    rows["recorded every n-th step"] = ", ".join(f"{key} {n}" for key, n in asdict(schedule).items())
+    return rows | environment()
 
 
 def _optimizers(optimizer: object) -> list[Optimizer]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from probes.flight_recorder_file import FILE_NAME, read_steps
 from probes.record import Record
+from probes.sinks.overview import PREFIX as OVERVIEW
 from stability.divergence import Alert
 
 _ALERT = re.compile(r"^<!-- (\{.*\}) -->$", re.MULTILINE)
@@ -160,7 +161,8 @@ def _read_events(path: Path, alerts: list[Alert]) -> Iterator[Point]:
     for event in LegacyEventFileLoader(str(path)).Load():
         for value in event.summary.value:
             if value.HasField("simple_value"):
-                yield value.tag, event.step, value.simple_value
+                if not value.tag.startswith(OVERVIEW):
+                    yield value.tag, event.step, value.simple_value
             elif value.tag.startswith("alerts/"):
                 for text in value.tensor.string_val:
                     alerts += [_alert(_parse(found)) for found in _ALERT.findall(text.decode())]

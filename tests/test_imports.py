@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FIRST_PARTY = ("stability", "probes", "experiments")
 # What `import stability, probes` must not need.
 LAZY = (
-    "triton", "tensorboard", "torch.utils.tensorboard", "matplotlib", "rich",
+    "triton", "tensorboard", "torch.utils.tensorboard", "matplotlib", "PIL", "rich",
     "scanpy", "anndata", "h5py", "transformers", "lightning",
 )  # fmt: skip
 

@@ -1,45 +1,121 @@
-"""Records as TensorBoard scalars, alerts as text."""
+"""Records as TensorBoard scalars, a few charts and pictures of the whole run, and alerts as text."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from probes.record import Series, StepRecords
+import numpy as np
+
+from probes.quantities import QUANTITIES
+from probes.record import ALL_LAYERS, Series, StepRecords
+from probes.sinks.event_files import EventFiles
+from probes.sinks.heat_map import HeatMap
+from probes.sinks.heat_map_picture import heat_map_png
 from probes.sinks.jsonl import to_json
+from probes.sinks.overview import PEAK_TAG, Overview, layout
+from probes.sinks.step_event import StepEvent
 from stability.divergence import Alert
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
+HParam = bool | int | float | str
+
+MAX_ALERTS = 1000
+MAX_ONSETS = 8  # alerts that pictures point at
+MAX_COLUMNS = 32  # sets of series that are remembered
+FIRST_PICTURES = 16  # recorded steps before the first pictures; the next ones come after twice as many
+
+# Values at the ends of the colour scale.
+_SCALES = {
+    "grad_norm": (1e-6, 1e6),
+    "activation_rms": (1e-4, 1e4),
+    "attention/max_logit": (1e-2, 1e4),
+    "attention/entropy": (1e-3, 1e1),
+}
+_DISTRIBUTIONS = ("attention/entropy", "attention/max_logit")
+
+
+class _Columns(NamedTuple):
+    """What becomes of the values of steps with these series."""
+
+    series: tuple[Series, ...]
+    event: StepEvent
+    layers: np.ndarray  # values that are scalars
+    overview: Overview
+    maps: tuple[tuple[HeatMap, np.ndarray, np.ndarray], ...]  # values, and their rows in it
+    heads: tuple[tuple[str, np.ndarray], ...]  # quantity, and its values of single heads
+
 
 class TensorBoardSink:
-    """Writes one event per recorded step, with a scalar ``quantity/layer`` for every record of a layer.
+    """Writes for a person who has half a minute, and for one who looks for a single layer.
 
-    Records of single heads are left out: hundreds of charts per quantity help nobody. NaN and infinity are
-    written as such; TensorBoard marks them on the curve. An alert is a text and a marker, the scalar
-    ``alert/kind/layer``: 1 for a warning, 2 for divergence. A killed process loses at most the last second.
+    Custom Scalars shows the few charts that matter; Images the whole run as heat maps layer × step, drawn
+    anew when it is twice as long, at the first alerts and at the end; Text its configuration and its alerts;
+    Distributions the single heads; HParams the peak of its gradient norm. Scalars has ``quantity/layer`` for
+    every record of a layer. NaN and infinity are written as such. The marker of an alert is the scalar
+    ``alert/kind/layer``: 1 for a warning, 2 for divergence.
+
+    The files stay within ``max_megabytes``: whenever they have grown to two thirds of it, every second of the
+    steps in them goes, and only every 2nd, 4th, … further one is written. Alerts stay, up to a thousand. A
+    killed process loses nothing that was written.
 
     Args:
         log_dir: Directory of this run; created if absent.
+        layers: The model's layers, for the order of the heat maps' rows.
+        configuration: What the Text page tells of the run.
+        hparams: What the HParams page sorts runs by, beside their peak gradient norm; names and values.
+        max_megabytes: Budget of the files, in 10⁶ bytes.
 
     Raises:
         OSError: If the directory cannot be written.
+        TypeError: If a hyperparameter is no number, text or truth value.
+        ValueError: If the budget is less than 1 MB.
     """
 
-    def __init__(self, log_dir: str | Path) -> None:
+    def __init__(
+        self,
+        log_dir: str | Path,
+        *,
+        layers: Sequence[str] = (),
+        configuration: Mapping[str, object] | None = None,
+        hparams: Mapping[str, HParam] | None = None,
+        max_megabytes: int = 50,
+    ) -> None:
         # Here, not at the top: a user without TensorBoard can record to memory or JSON lines.
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from torch.utils.tensorboard import summary
 
+        if max_megabytes < 1:
+            raise ValueError(f"`max_megabytes` must be at least 1; got {max_megabytes}.")
+        check_hparams(hparams or {})
         self.log_dir = Path(log_dir)
-        self._event, self._summary = Event, Summary
+        self._event, self._summary, self._summaries = Event, Summary, summary
+        self._layers = list(layers)
+        self._columns: dict[int, _Columns] = {}
+        self._maps = {quantity: HeatMap(is_low_worse="entropy" in quantity) for quantity in _SCALES}
+        self._known_tags: set[str] = set()
+        self._peak = 0.0
+        self._alerts: list[Alert] = []
+        self._num_steps = 0
+        self._next_pictures = FIRST_PICTURES
+        self._last_step = 0
         try:
             self.log_dir.mkdir(parents=True, exist_ok=True)
-            self._writer = EventFileWriter(str(self.log_dir), flush_secs=0.5)
+            self._files = EventFiles(self.log_dir, max_megabytes * 10**6)
+            if configuration:
+                self._add(0, summary.text("run", _table(configuration)))
+            self._end: Summary | None = None
+            if hparams:
+                *begin, self._end = summary.hparams(dict(hparams), {PEAK_TAG: 0.0})
+                for part in begin:
+                    self._add(0, part)
         except OSError as error:
             raise OSError(
                 f"cannot write TensorBoard events to {self.log_dir}: {error}. Choose a writable log_dir."
@@ -47,17 +123,34 @@ class TensorBoardSink:
 
     def write(self, records: StepRecords) -> None:
         """See :class:`~probes.sinks.Sink`."""
-        values = [
-            self._summary.Value(tag=series.tag, simple_value=value)
-            for series, value in zip(records.series, records.values.tolist(), strict=True)
-            if series.head is None
-        ]
-        self._add(records.step, self._summary(value=values))
+        columns = self._columns_of(records.series)
+        values, overview = records.values, columns.overview
+        if overview.whole is not None:
+            norm = float(values[overview.whole])
+            self._peak = max(self._peak, norm if math.isfinite(norm) else math.inf)
+        for heat_map, indices, rows in columns.maps:
+            heat_map.add(records.step, rows, values[indices])
+        self._last_step = records.step
+        self._num_steps += 1
+        if records.step % self._files.stride == 0:
+            numbers = overview.values(values, self._peak, len(self._alerts))
+            event = columns.event.serialised(
+                time.time(),
+                records.step,
+                np.concatenate([values[columns.layers], numbers]),
+                b"".join(self._distribution(name, values[heads]) for name, heads in columns.heads),
+            )
+            if self._files.append(event):
+                self._draw()
+        if self._num_steps >= self._next_pictures:
+            self._next_pictures *= 2
+            self._draw()
 
     def write_alert(self, alert: Alert) -> None:
         """See :class:`~probes.sinks.Sink`."""
-        from torch.utils.tensorboard.summary import text
-
+        self._alerts.append(alert)
+        if len(self._alerts) > MAX_ALERTS:  # a detector that speaks at every step
+            return
         lines = [f"**{alert.severity}** in `{alert.layer}`: {alert.reason}"]
         if alert.evidence:
             evidence = ", ".join(f"{value:.4g} at {step}" for step, value in alert.evidence)
@@ -68,14 +161,119 @@ class TensorBoardSink:
         # The page leaves comments out; probes.read finds the alert there. Two hyphens would end it.
         fields = to_json(dataclasses.asdict(alert)).replace("--", "-\\u002d")
         lines.append(f"<!-- {fields} -->")
-        self._add(alert.step, text("alerts", "\n\n".join(lines)))
+        told = self._summaries.text("alerts", "\n\n".join(lines))
+        # After the text: an event that begins with a scalar is a step's, and thinned.
         tag = Series(alert.layer, f"alert/{alert.kind or alert.quantity}").tag
-        marker = self._summary.Value(tag=tag, simple_value=2.0 if alert.severity == "divergence" else 1.0)
-        self._add(alert.step, self._summary(value=[marker]))
+        told.value.add(tag=tag, simple_value=2.0 if alert.severity == "divergence" else 1.0)
+        self._add(alert.step, told)
+        if len(self._alerts) <= MAX_ONSETS:
+            self._draw()
 
     def close(self) -> None:
         """See :class:`~probes.sinks.Sink`."""
-        self._writer.close()
+        try:
+            self._draw()
+            if self._end is not None:
+                self._add(self._last_step, self._end)
+        finally:
+            self._files.close()
+
+    def _columns_of(self, series: tuple[Series, ...]) -> _Columns:
+        known = self._columns.get(len(series))
+        if known is not None and known.series == series:
+            return known
+        layers = [index for index, name in enumerate(series) if name.head is None]
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for index, name in enumerate(series):
+            if name.layer != ALL_LAYERS:
+                groups.setdefault((name.quantity, name.head is None), []).append(index)
+        maps = []
+        for quantity, heat_map in self._maps.items():
+            if indices := groups.get((quantity, True)):
+                names = [Series(series[i].layer, "", call=series[i].call).tag[1:] for i in indices]
+                maps.append((heat_map, np.array(indices), heat_map.rows(names)))
+        overview = Overview.of(series)
+        columns = _Columns(
+            series,
+            StepEvent([*(series[index].tag for index in layers), *overview.tags]),
+            np.array(layers, np.intp),
+            overview,
+            tuple(maps),
+            tuple((q, np.array(groups[q, False])) for q in _DISTRIBUTIONS if (q, False) in groups),
+        )
+        if len(self._columns) == MAX_COLUMNS:
+            self._columns.clear()
+        self._columns[len(series)] = columns
+        if new_tags := set(overview.tags) - self._known_tags:
+            self._known_tags |= new_tags
+            self._add(0, self._summaries.custom_scalars(layout(self._known_tags)))
+        return columns
+
+    def _distribution(self, quantity: str, values: np.ndarray) -> bytes:
+        """All heads of the model as one histogram, a serialised Summary."""
+        finite = values[np.isfinite(values)]
+        if not finite.size:
+            return b""
+        counts, edges = np.histogram(finite, bins=min(30, 1 + finite.size))
+        summary = self._summaries.histogram_raw(
+            f"{quantity}/heads",
+            min=finite.min(),
+            max=finite.max(),
+            num=finite.size,
+            sum=finite.sum(),
+            sum_squares=np.square(finite).sum(),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+        )
+        return summary.SerializeToString()
+
+    def _draw(self) -> None:
+        for quantity, heat_map in self._maps.items():
+            if not heat_map.steps:
+                continue
+            layers, values = heat_map.shown(self._layers)
+            worst = "smallest" if heat_map.is_low_worse else "largest"
+            picture = heat_map_png(
+                f"{quantity} ({QUANTITIES[quantity].unit})",
+                f"log scale, {worst} of each column's steps",
+                heat_map.steps,
+                layers,
+                values,
+                _SCALES[quantity],
+                is_low_worse=heat_map.is_low_worse,
+                onsets=[
+                    (alert.layer, alert.step if alert.onset_step is None else alert.onset_step)
+                    for alert in self._alerts[:MAX_ONSETS]
+                ],
+            )
+            image = self._summary.Image(encoded_image_string=picture, colorspace=3)
+            image.width, image.height = (
+                int.from_bytes(picture[at : at + 4]) for at in (16, 20)
+            )  # PNG's IHDR
+            value = self._summary.Value(tag=f"heat_map/{quantity}", image=image)
+            self._add(self._last_step, self._summary(value=[value]))
 
     def _add(self, step: int, summary: Summary) -> None:
-        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        event = self._event(wall_time=time.time(), step=step, summary=summary)
+        if self._files.append(event.SerializeToString()):
+            self._draw()
+
+
+def check_hparams(hparams: Mapping[str, HParam]) -> None:
+    """Raises TypeError unless all are named numbers, texts or truth values."""
+    for name, value in hparams.items():
+        if not isinstance(name, str) or not isinstance(value, bool | int | float | str):
+            raise TypeError(
+                f"`hparams` must map names to numbers, texts or truth values; got {name!r}: {value!r}."
+            )
+
+
+def _table(rows: Mapping[str, object]) -> str:
+    """A Markdown table."""
+
+    def cell(value: object) -> str:
+        return str(value).replace("|", "\\|").replace("\n", " ")
+
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {cell(key)} | `{cell(value)}` |" for key, value in rows.items())]
+    )
