@@ -56,8 +56,8 @@ SETTINGS = {
     "timeSeriesSettingsPaneOpened": False,
 }
 
-# [tag, number of lines] of the cards in sight, 0 while a card loads. Cards out of sight are never drawn. Pairs,
-# because the driver sorts the keys of an object.
+# [tag, number of lines] of the cards in sight, 0 while a card loads. Cards out of sight are never drawn.
+# Pairs, because the driver sorts the keys of an object.
 LINES_IN_SIGHT = """
 const cards = [...document.querySelectorAll("scalar-card")];
 const inSight = cards.filter(card => card.getBoundingClientRect().top < window.innerHeight);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -113,17 +112,6 @@ def test_half_a_line_is_ended_by_the_next_process(tmp_path: Path) -> None:
     sink.close()
     assert probes.read(path)["grad_norm/a"].steps.tolist() == [0, 1, 2, 3]
     assert probes.read(path).alerts == []
-
-
-def test_tensorboard_events_are_on_disk_within_a_second(tmp_path: Path) -> None:
-    sink = TensorBoardSink(tmp_path)
-    for step in range(3):
-        sink.write(StepRecords(step, SERIES, np.ones(2), np.ones(2)))
-    deadline = time.monotonic() + 1.0
-    while time.monotonic() < deadline and len(probes.read(tmp_path).get("grad_norm/a", ((),))[0]) < 3:
-        time.sleep(0.02)
-    assert probes.read(tmp_path)["grad_norm/a"].steps.tolist() == [0, 1, 2]
-    sink.close()
 
 
 def test_tensorboard_has_layers_and_leaves_out_heads(tmp_path: Path) -> None:
