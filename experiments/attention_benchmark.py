@@ -31,6 +31,7 @@ from experiments.attention_contenders import Case, Inputs, contenders, passes, r
 from experiments.attention_report import Measurement, attention_table, draw_figure
 from experiments.command_line import (
     check_device,
+    experiment_parser,
     positive_float,
     positive_int,
     report_console,
@@ -185,11 +186,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     Returns:
         The settings; argparse exits with status 2 on a bad one.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.attention_benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = experiment_parser("attention_benchmark", __doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="full", help="which cases (default full)")
     add("--device", choices=["cpu", "cuda"], default="cuda", help="cpu is for tests (default cuda)")

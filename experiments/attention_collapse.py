@@ -29,7 +29,14 @@ from torch import nn
 
 import probes
 from experiments.collapse_report import PairedRuns, conclusion, draw_figure, summary, summary_table
-from experiments.command_line import positive_float, positive_int, report_console, run_facts, write_json
+from experiments.command_line import (
+    experiment_parser,
+    positive_float,
+    positive_int,
+    report_console,
+    run_facts,
+    write_json,
+)
 from experiments.provenance import provenance
 from experiments.token_chains import chain_batches
 from experiments.token_transformer import TokenTransformer, TokenTransformerConfig
@@ -134,11 +141,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     Returns:
         The settings; argparse exits with status 2 on a bad one.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.attention_collapse",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = experiment_parser("attention_collapse", __doc__)
     add = parser.add_argument
     add("--steps", type=positive_int, default=160, help="optimizer steps of each run (default 160)")
     add("--fault-step", type=positive_int, default=110, help="where the fault begins (default 110)")

@@ -1,4 +1,4 @@
-"""What the experiments' command lines share: checks of flags, the console, the head of a summary."""
+"""What the experiments' command lines share: parser, checks of flags, the console, the head of a summary."""
 
 from __future__ import annotations
 
@@ -16,6 +16,20 @@ import torch
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def experiment_parser(experiment: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the module's docstring, as it is written there.
+
+    Args:
+        experiment: Name of the module in `experiments`.
+        description: Its docstring.
+    """
+    return argparse.ArgumentParser(
+        prog=f"python -m experiments.{experiment}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def positive_int(text: str) -> int:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments.command_line import positive_int, report_console, run_facts, write_json
+from experiments.command_line import experiment_parser, positive_int, report_console, run_facts, write_json
 from experiments.detection_peers import installed_peers, peer_runs, peer_verdicts
 from experiments.detection_recording import Recording, record
 from experiments.detection_report import (
@@ -212,11 +212,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     Returns:
         The settings; argparse exits with status 2 on a bad one.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.detection_benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = experiment_parser("detection_benchmark", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_text, flag in (
         ("record", "train the runs and keep what detectors receive", "--out"),

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from experiments.cell_pool import CellPool, real_pool, synthetic_pool
-from experiments.command_line import check_device, positive_float, positive_int
+from experiments.command_line import check_device, experiment_parser, positive_float, positive_int
 from experiments.expression_values import ValueTask
 from experiments.gene_ranks import RankTask
 from experiments.provenance import provenance
@@ -127,11 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 2 for input that cannot be used.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.long_run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = experiment_parser("long_run", __doc__)
     add_training_flags(parser)
     parser.add_argument("name", help="of a run in `python -m experiments.stress_plan`")
     options = parser.parse_args(arguments)

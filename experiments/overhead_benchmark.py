@@ -31,7 +31,14 @@ import numpy as np
 import torch
 
 from experiments.cell_transformer import MECHANISMS
-from experiments.command_line import check_device, positive_int, report_console, run_facts, write_json
+from experiments.command_line import (
+    check_device,
+    experiment_parser,
+    positive_int,
+    report_console,
+    run_facts,
+    write_json,
+)
 from experiments.overhead_contenders import BARE, Contender, contenders, missing_peers
 from experiments.overhead_report import Overhead, draw_figure, overhead_table, paired_ratio
 from experiments.overhead_training import Training, cell_trainings, token_trainings
@@ -145,11 +152,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     Returns:
         The settings; argparse exits with status 2 on a bad one.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.overhead_benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = experiment_parser("overhead_benchmark", __doc__)
     add = parser.add_argument
     add(
         "--preset",

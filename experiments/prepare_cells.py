@@ -7,7 +7,6 @@ Keeps the genes that most cells express and marks the cells that are held out fo
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.cells import Cells, read_cells
-from experiments.command_line import positive_int
+from experiments.command_line import experiment_parser, positive_int
 
 DEFAULT_DATA = Path("../shared/cells/deng_mouse_embryo.h5ad")
 # With these, 12 blocks of width 1,024 and the embeddings of either task stay below 162 million parameters.
@@ -98,11 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 2 for input that cannot be used.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.prepare_cells",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = experiment_parser("prepare_cells", __doc__)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"default {DEFAULT_DATA}")
     parser.add_argument("--genes", type=positive_int, default=NUM_GENES, help=f"default {NUM_GENES}")
     parser.add_argument("--seed", type=int, default=0, help="decides which cells are held out")

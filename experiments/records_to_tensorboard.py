@@ -7,7 +7,6 @@ Whole layers, each tenth step unless said otherwise, under the tags that the pro
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.command_line import positive_int
+from experiments.command_line import experiment_parser, positive_int
 from experiments.run_records import RecordedRun
 from experiments.stress_ledger import read_runs
 from probes.record import Series, StepRecords
@@ -55,11 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 2 for input that cannot be used.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.records_to_tensorboard",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = experiment_parser("records_to_tensorboard", __doc__)
     parser.add_argument("sources", nargs="+", type=Path, help="archives, files or folders of records")
     parser.add_argument("--out", type=Path, required=True, help="folder that gets one directory per run")
     parser.add_argument("--every", type=positive_int, default=10, help="steps kept (default each 10th)")

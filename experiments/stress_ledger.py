@@ -8,7 +8,6 @@ there several times, in pieces, the longest is taken. Definitions: `experiments/
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import sys
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.command_line import write_json
+from experiments.command_line import experiment_parser, write_json
 from experiments.run_records import RecordedRun, read_run
 from experiments.sustained_explosion import LongJudgement, judge_long_run
 
@@ -241,11 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 2 for input that cannot be used.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.stress_ledger",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = experiment_parser("stress_ledger", __doc__)
     parser.add_argument("sources", nargs="+", type=Path, help="archives, files or folders of records")
     parser.add_argument("--out", type=Path, required=True, help="folder of table, JSON and figure")
     options = parser.parse_args(arguments)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from experiments.command_line import check_device, positive_float, positive_int
+from experiments.command_line import check_device, experiment_parser, positive_float, positive_int
 from experiments.long_run import RunPaths, add_training_flags
 from experiments.run_config import RunConfig
 from experiments.run_records import read_run
@@ -225,11 +225,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     Returns:
         The settings; argparse exits with status 2 on a bad one.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.stress_queue",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = experiment_parser("stress_queue", __doc__)
     add_training_flags(parser)
     add = parser.add_argument
     chosen = parser.add_mutually_exclusive_group()

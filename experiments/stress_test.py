@@ -31,7 +31,14 @@ import torch
 from experiments import stress_queue
 from experiments.cell_transformer import MECHANISMS, CellTransformer, CellTransformerConfig
 from experiments.cells import Cells, pbmc68k, read_cells, synthetic_cells
-from experiments.command_line import check_device, positive_float, positive_int, report_console, run_facts
+from experiments.command_line import (
+    check_device,
+    experiment_parser,
+    positive_float,
+    positive_int,
+    report_console,
+    run_facts,
+)
 from experiments.explosion import Run, judge
 from experiments.provenance import provenance
 from experiments.stress_report import conclusion, draw_figure, summary_table, write_json
@@ -82,11 +89,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     Returns:
         The settings; argparse exits with status 2 on a bad one.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.stress_test",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = experiment_parser("stress_test", __doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="laptop", help="model size and defaults of the flags below")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda trains under bfloat16 autocast")
