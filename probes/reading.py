@@ -38,19 +38,29 @@ class RecordedRun(dict[str, RecordedSeries]):
 
     Attributes:
         alerts: The verdicts, in the order in which they were given.
+        can_hold_alerts: Whether the files would tell of alerts: a flight recorder and an incident's
+            series.npz do not.
     """
 
-    def __init__(self, series: Mapping[str, RecordedSeries], alerts: Sequence[Alert] = ()) -> None:
+    def __init__(
+        self,
+        series: Mapping[str, RecordedSeries],
+        alerts: Sequence[Alert] = (),
+        *,
+        can_hold_alerts: bool = True,
+    ) -> None:
         super().__init__(series)
         self.alerts = list(alerts)
+        self.can_hold_alerts = can_hold_alerts
 
 
 def read(log_dir: str | Path) -> RecordedRun:
     """Reads what a run recorded.
 
     Of a directory, JSON lines are read if there are any, since they hold every record in full precision;
-    otherwise TensorBoard events. The flight recorder adds the last few hundred steps, in full precision and
-    with single heads. A file that was cut short, by a killed process say, is read as far as it goes.
+    otherwise the probe's TensorBoard events, or those of any writer if it left none. The flight recorder
+    adds the last few hundred steps, in full precision and with single heads. A file that was cut short, by a
+    killed process say, is read as far as it goes.
 
     Args:
         log_dir: The run's directory; or one file: JSON lines, a flight recorder, or an incident's series.npz.
@@ -69,12 +79,14 @@ def read(log_dir: str | Path) -> RecordedRun:
     if path.is_file():
         files = [path]
     else:
-        files = sorted(path.glob("*.jsonl")) or sorted(path.glob("events.out.tfevents.*"))
+        patterns = ("*.jsonl", "events.out.tfevents.*.probes", "events.out.tfevents.*")
+        files = next(filter(None, (sorted(path.glob(pattern)) for pattern in patterns)), [])
         files += path.glob(FILE_NAME)  # last: of a step recorded twice the later value counts
     if not files:
         raise FileNotFoundError(f"{path} holds no TensorBoard events, no flight recorder and no .jsonl file.")
     alerts: list[Alert] = []
-    return RecordedRun(to_series(point for file in files for point in _read_file(file, alerts)), alerts)
+    series = to_series(point for file in files for point in _read_file(file, alerts))
+    return RecordedRun(series, alerts, can_hold_alerts=any(map(_can_hold_alerts, files)))
 
 
 def to_series(points: Iterable[Point]) -> dict[str, RecordedSeries]:
@@ -87,6 +99,10 @@ def to_series(points: Iterable[Point]) -> dict[str, RecordedSeries]:
         steps = sorted(by_step)
         result[tag] = RecordedSeries(np.array(steps, dtype=np.int64), np.array([by_step[s] for s in steps]))
     return result
+
+
+def _can_hold_alerts(path: Path) -> bool:
+    return path.suffix != ".npz" and not path.name.startswith(FILE_NAME)
 
 
 def _read_file(path: Path, alerts: list[Alert]) -> Iterator[Point]:

@@ -13,7 +13,7 @@ from probes.quantities import QUANTITIES
 from stability.attention.summary import Kind
 from stability.divergence import ALL_LAYERS
 
-_TAG = re.compile(r"(.*?)(?:/call_(\d+))?(?:/head_(\d+))?", re.DOTALL)
+_LAYER = re.compile(r"(.*?)(?:/call_(\d+))?(?:/head_(\d+))?", re.DOTALL)
 
 __all__ = ["ALL_LAYERS", "Kind", "Record", "Series", "StepRecords", "series_of"]
 
@@ -52,13 +52,13 @@ class Series(NamedTuple):
             >>> Series.from_tag("attention/entropy/blocks.0/head_2")
             Series(layer='blocks.0', quantity='attention/entropy', head=2, call=0, rank=None, kind='exact')
         """
-        name, call, head = _TAG.fullmatch(tag).groups()  # type: ignore[union-attr]  # matches every text
-        if name.endswith(f"/{ALL_LAYERS}"):  # what the script logs may have any name
-            quantity, layer = name.removesuffix(f"/{ALL_LAYERS}"), ALL_LAYERS
-        else:
-            parts = name.split("/")
-            length = 2 if "/".join(parts[:2]) in QUANTITIES else 1
-            quantity, layer = "/".join(parts[:length]), "/".join(parts[length:])
+        if tag.endswith(f"/{ALL_LAYERS}"):  # what the script logs may have any name
+            return cls(ALL_LAYERS, tag.removesuffix(f"/{ALL_LAYERS}"))
+        parts = tag.split("/")
+        length = 2 if "/".join(parts[:2]) in QUANTITIES else 1
+        quantity, rest = "/".join(parts[:length]), "/".join(parts[length:])
+        # Of the layer alone, which may itself be named head_0.
+        layer, call, head = _LAYER.fullmatch(rest).groups()  # type: ignore[union-attr]  # matches every text
         return cls(layer, quantity, None if head is None else int(head), int(call or 0))
 
 
