@@ -71,6 +71,8 @@ def read(log_dir: str | Path) -> RecordedRun:
     else:
         files = sorted(path.glob("*.jsonl")) or sorted(path.glob("events.out.tfevents.*"))
         files += path.glob(FILE_NAME)  # last: of a step recorded twice the later value counts
+    if not files and (path / "series.npz").exists():
+        raise FileNotFoundError(f"{path} is an incident folder; give its series: {path / 'series.npz'}.")
     if not files:
         raise FileNotFoundError(f"{path} holds no TensorBoard events, no flight recorder and no .jsonl file.")
     alerts: list[Alert] = []
