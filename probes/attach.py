@@ -151,7 +151,7 @@ def attach(
         )
     incidents = None
     if log_dir is not None:  # after every check: a refused call leaves no directory behind
-        log_dir = Path(log_dir)
+        log_dir = Path(log_dir).absolute()  # the script may go to another directory
         configuration = _configuration(model, optimizers, schedule)
         sinks = (
             TensorBoardSink(

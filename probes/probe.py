@@ -188,12 +188,14 @@ class Probe:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where ``state_dict`` was taken.
+        """Continues where ``state_dict`` was taken. What was measured since is judged no more.
 
         Raises:
             ValueError: If the detectors are not the ones the state was saved from.
         """
         self._delivery.detection.load_state_dict(state["detectors"])
+        self._delivery.abandon()
+        self._watch.pending.take()
         self._delivery.seen_order = list(state["layers"])
         self._watch.begin_step(state["step"])
         self._note_checkpoint()

@@ -388,6 +388,26 @@ class TestDivergence:
             _probe, done = self.explode(detectors=[Buggy()])
         assert done == 6
 
+    def test_steps_after_the_checkpoint_are_not_judged_by_what_is_loaded(self) -> None:
+        model, optimizer = linear()
+        with probes.attach(model, optimizer, on_divergence="raise") as probe:
+            one_step(model, optimizer, torch.ones(1, 2))
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            state = probe.state_dict()
+            with pytest.raises(probes.DivergenceError, match="step 1"):
+                for _ in range(2):  # the numbers of step 2 are under way when step 1 is told of
+                    one_step(model, optimizer, torch.full((1, 2), math.nan))
+            model(torch.full((1, 2), math.nan))
+            model.load_state_dict(weights)
+            optimizer.zero_grad()
+            probe.load_state_dict(state)
+            for _ in range(2):
+                one_step(model, optimizer, torch.ones(1, 2))
+        assert [alert.step for alert in probe.alerts] == [1]
+        norms = [r for r in probe.records if (r.quantity, r.layer) == ("grad_norm", "(all)")]
+        assert [r.step for r in norms] == [0, 1, 2, 1, 2]
+        assert [math.isfinite(r.value) for r in norms] == [True, False, False, True, True]
+
     def test_state_continues_after_a_checkpoint(self) -> None:
         model, optimizer = linear()
         with probes.attach(model, optimizer) as first:
