@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from probes.failures import stacklevel_of_script
 from stability.divergence import Alert
 
 OnDivergence = str | Callable[[Alert], None]
@@ -87,7 +88,7 @@ class AlertAction:
             if kind not in self._warned:
                 self._warned.add(kind)
                 _print(alert, remark)
-                warnings.warn(f"{alert}{remark}", DivergenceWarning, stacklevel=2)
+                warnings.warn(f"{alert}{remark}", DivergenceWarning, stacklevel=stacklevel_of_script())
 
 
 def _print(alert: Alert, remark: str) -> None:

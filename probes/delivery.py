@@ -141,6 +141,15 @@ class Delivery:
         alerts = self._deliver(arrived)
         self._act(alerts, self._report(alerts))
 
+    def abandon(self) -> None:
+        """Writes the numbers in flight without judging them: the training goes back to before their step."""
+        arrived, self._in_flight = self._in_flight, None
+        records = self._arrive(arrived)
+        if records is not None:
+            self._write(records)
+        self._judged = None
+        self._unjudged = {}
+
     def _start(self, step: int, pending: Pending, judged: _Judged | None) -> _InFlight | None:
         try:
             return _InFlight(Transfer(step, pending), judged)

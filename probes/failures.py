@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import TypeVar
+
+import torch
+
+import stability
+
+_LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, stability.__file__, torch.__file__))
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,3 +39,13 @@ def call_or_drop(members: list[T], member: T, method: Callable[..., R], *argumen
             stacklevel=3,
         )
         return None
+
+
+def stacklevel_of_script() -> int:
+    """The ``stacklevel`` by which a warning of the caller names the script's line, not one of a library."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+        level += 1
+    return level

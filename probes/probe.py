@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from numbers import Real
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from probes.attention_sites import AttentionSites
 from probes.delivery import Delivery
+from probes.failures import ProbeWarning, stacklevel_of_script
 from probes.quantities import QUANTITIES
 from probes.record import ALL_LAYERS, Record, Series
 from probes.same_step import SameStep
@@ -57,6 +59,7 @@ class Probe:
             before_step_ends=self._check_attention_seen,
             after_step=delivery.send,
         )
+        self._has_stepped = False
         self._is_closed = False
         self._handles = ExitStack()
         with ExitStack() as on_failure:  # an attach that fails half-way leaves no hook
@@ -157,6 +160,7 @@ class Probe:
                 "probe.step() is for probes without an optimizer; this one's steps end with "
                 "optimizer.step(). Remove the call."
             )
+        self._has_stepped = True
         self._check_attention_seen()
         self._watch.measure_gradients()
         self._watch.end_step()
@@ -184,12 +188,14 @@ class Probe:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where ``state_dict`` was taken.
+        """Continues where ``state_dict`` was taken. What was measured since is judged no more.
 
         Raises:
             ValueError: If the detectors are not the ones the state was saved from.
         """
         self._delivery.detection.load_state_dict(state["detectors"])
+        self._delivery.abandon()
+        self._watch.pending.take()
         self._delivery.seen_order = list(state["layers"])
         self._watch.begin_step(state["step"])
         self._note_checkpoint()
@@ -235,6 +241,13 @@ class Probe:
             return
         self._is_closed = True
         self._handles.close()
+        if error is None and not self._has_optimizers and not self._has_stepped and self._watch.pending:
+            warnings.warn(
+                "probe.step() was never called, so all that was seen counts as one step, and gradients of "
+                "weights are missing. Call it after each backward pass, or give `attach` the optimizer.",
+                ProbeWarning,
+                stacklevel=stacklevel_of_script(),
+            )
         try:
             if self._watch.pending:  # a step that an exception or an interrupt cut short
                 self._delivery.send(self._watch.step, self._watch.pending.take())

@@ -82,6 +82,8 @@ def read(log_dir: str | Path) -> RecordedRun:
         patterns = ("*.jsonl", "events.out.tfevents.*.probes", "events.out.tfevents.*")
         files = next(filter(None, (sorted(path.glob(pattern)) for pattern in patterns)), [])
         files += path.glob(FILE_NAME)  # last: of a step recorded twice the later value counts
+    if not files and (path / "series.npz").exists():
+        raise FileNotFoundError(f"{path} is an incident folder; give its series: {path / 'series.npz'}.")
     if not files:
         raise FileNotFoundError(f"{path} holds no TensorBoard events, no flight recorder and no .jsonl file.")
     alerts: list[Alert] = []

@@ -268,7 +268,11 @@ class TensorBoardSink:
 
 
 def check_hparams(hparams: Mapping[str, HParam]) -> None:
-    """Raises TypeError unless all are named numbers, texts or truth values."""
+    """Raises TypeError unless it is a mapping of names to numbers, texts or truth values."""
+    if not isinstance(hparams, Mapping):
+        raise TypeError(
+            f"`hparams` must be a dict, such as {{'learning rate': 1e-3}}; got {type(hparams).__name__}."
+        )
     for name, value in hparams.items():
         if not isinstance(name, str) or not isinstance(value, bool | int | float | str):
             raise TypeError(

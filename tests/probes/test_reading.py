@@ -151,6 +151,9 @@ def test_reading_what_is_not_there(tmp_path: Path) -> None:
         probes.read(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="holds no TensorBoard events"):
         probes.read(tmp_path)
+    (tmp_path / "series.npz").touch()
+    with pytest.raises(FileNotFoundError, match=r"is an incident folder; give its series: .*series\.npz"):
+        probes.read(tmp_path)
 
 
 def test_reading_foreign_or_newer_json_lines(tmp_path: Path) -> None:

@@ -219,6 +219,11 @@ def test_hparams_of_other_types_are_refused(tmp_path: Path, hparams: Any) -> Non
     assert not (tmp_path / "run").exists()
 
 
+def test_hparams_that_are_no_mapping() -> None:
+    with pytest.raises(TypeError, match="`hparams` must be a dict, .*; got list"):
+        probes.attach(nn.Linear(2, 1), hparams=["lr"])  # type: ignore[arg-type]
+
+
 def test_a_budget_below_a_megabyte_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`max_megabytes` must be at least 1; got 0"):
         TensorBoardSink(tmp_path, max_megabytes=0)
