@@ -140,17 +140,18 @@ def train_piece(
     paths = RunPaths.of(config, work)
     training = ResumableTraining(config, task_of(config, pool_of(config, cells)), device)
     is_finished = False
-    try:
-        with training.probe, _sigterm_stops(training):
-            if paths.checkpoint.exists():
-                training.load(paths.checkpoint)
-            is_finished = training.run(deadline, on_step)
-            if not is_finished:
-                training.save(paths.checkpoint)
-    finally:
-        if training.step > 0:  # otherwise an earlier piece's records say more
-            facts = {**training.facts(is_finished=is_finished), **provenance(device)}
-            write_run(paths.records, facts, training.table.arrays())
+    with _sigterm_stops(training):
+        try:
+            with training.probe:
+                if paths.checkpoint.exists():
+                    training.load(paths.checkpoint)
+                is_finished = training.run(deadline, on_step)
+                if not is_finished:
+                    training.save(paths.checkpoint)
+        finally:
+            if training.step > 0:  # otherwise an earlier piece's records say more
+                facts = {**training.facts(is_finished=is_finished), **provenance(device)}
+                write_run(paths.records, facts, training.table.arrays())
     if is_finished:
         paths.checkpoint.unlink(missing_ok=True)
     return is_finished
