@@ -145,16 +145,19 @@ def largest_learning_rates(runs: dict[str, RecordedRun], judgements: dict[str, L
         A line a ladder with, per mechanism, how many seeds learned at each rate; empty without any.
     """
     ladders: dict[str, dict[str, dict[float, list[bool]]]] = {}
+    questions: dict[str, list[str]] = {}
     for name, run in runs.items():
         if not run.facts["is_finished"]:
             continue
         same = dict(run.facts["config"])
         mechanism, rate, _, _ = (same.pop(key) for key in ("mechanism", "learning_rate", "seed", "name"))
-        ladder = ladders.setdefault(json.dumps(same, sort_keys=True), {})
+        key = json.dumps(same, sort_keys=True)
+        ladder = ladders.setdefault(key, {})
+        questions.setdefault(key, []).append(name.partition(f"-{mechanism}-")[0])
         has_learned = judgements[name].verdict == "learned"
         ladder.setdefault(mechanism, {}).setdefault(rate, []).append(has_learned)
     lines = []
-    for ladder in ladders.values():
+    for key, ladder in ladders.items():
         if len({rate for rates in ladder.values() for rate in rates}) < 2:
             continue
         parts = []
@@ -164,8 +167,9 @@ def largest_learning_rates(runs: dict[str, RecordedRun], judgements: dict[str, L
                 f"{sum(rates[rate])} of {len(rates[rate])} at {rate:g}" for rate in sorted(rates)
             )
             parts.append(f"{mechanism} {'none' if largest is None else f'{largest:g}'} (seeds: {seeds})")
-        lines.append(f"Largest rate at which every seed learned: {'; '.join(parts)}.\n")
-    return "".join(lines)
+        asked = ", ".join(dict.fromkeys(questions[key]))
+        lines.append(f"Largest rate at which every seed learned, of {asked}: {'; '.join(parts)}.\n")
+    return "\n".join(lines)
 
 
 def strongest_pair(
@@ -196,7 +200,7 @@ def draw_layers(path: Path, pair: tuple[RecordedRun, RecordedRun]) -> None:
 
     figure = Figure(figsize=(13, 7), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(1, 3))
+    panels = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(1, 3))
     images = [_image(run) for run in pair]
     finite = np.concatenate([image[np.isfinite(image)] for image in images])
     limits = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
@@ -205,6 +209,7 @@ def draw_layers(path: Path, pair: tuple[RecordedRun, RecordedRun]) -> None:
         drawn = panels[1, column].imshow(
             image, aspect="auto", interpolation="nearest", vmin=limits[0], vmax=limits[1], cmap="viridis"
         )
+    panels[0, 0].set_xlim(-0.5, max(image.shape[1] for image in images) - 0.5)
     layers = pair[0].layers("grad_norm")
     blocks = [i for i, layer in enumerate(layers) if layer.endswith("attention.query")]
     panels[1, 0].set_yticks(blocks, [layers[i] for i in blocks], fontsize=7)

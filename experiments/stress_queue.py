@@ -145,7 +145,8 @@ class Queue:
         self.running.append(Running(name, slots, process))
         self._say(slots, name)
 
-    def _collect(self) -> None:
+    def _collect(self, *, is_told: bool = False) -> None:
+        """Take up what the runs that ended leave; those that were told to end have not failed."""
         for run in list(self.running):
             if (status := run.process.poll()) is None:
                 continue
@@ -153,12 +154,12 @@ class Queue:
             self._say(run.slots, f"{run.name} ended ({status})")
             _, config = self.runs[run.name]
             paths = self._paths(config)
-            if status:
-                self.failed.append(run.name)
-                print(paths.log.read_text(errors="replace")[-3000:], flush=True)
-            elif (facts := finished_facts(config, self.options.work)) is not None:
+            if (facts := finished_facts(config, self.options.work)) is not None:
                 self.finished[run.name] = facts
                 self.archives.add(paths.records, facts["steps"])
+            elif status and not is_told:
+                self.failed.append(run.name)
+                print(paths.log.read_text(errors="replace")[-3000:], flush=True)
 
     def _stop(self) -> None:
         """End what is still running, after its checkpoint if it can write one."""
@@ -171,7 +172,7 @@ class Queue:
             except subprocess.TimeoutExpired:
                 run.process.kill()
                 run.process.wait()
-        self._collect()
+        self._collect(is_told=True)
 
     def _finished(self) -> dict[str, dict[str, Any]]:
         facts = {name: finished_facts(config, self.options.work) for name, (_, config) in self.runs.items()}

@@ -71,8 +71,8 @@ def test_largest_rates_at_which_every_seed_learned(tmp_path, capsys):
     write(tmp_path, "rate-1e-1-sigmoid-seed0", "sigmoid", 390, rate=1e-1)  # cut
     assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     assert (
-        "Largest rate at which every seed learned: sigmoid 0.01 (seeds: 1 of 1 at 0.01); "
-        "softmax 0.001 (seeds: 1 of 1 at 0.001, 1 of 2 at 0.01)."
+        "Largest rate at which every seed learned, of rate-1e-2, rate-1e-3: "
+        "sigmoid 0.01 (seeds: 1 of 1 at 0.01); softmax 0.001 (seeds: 1 of 1 at 0.001, 1 of 2 at 0.01)."
     ) in capsys.readouterr().out
 
 

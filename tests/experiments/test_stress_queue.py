@@ -252,6 +252,40 @@ def test_a_lease_that_is_over_is_told(tmp_path, capsys):
     assert f"Left: {', '.join(TINY_PAIR)}." in printed
 
 
+def test_a_run_that_is_killed_has_failed_unless_its_records_are_finished(
+    tmp_path, fake_processes, monkeypatch
+):
+    poll = FakeProcess.poll
+
+    def killed_at_its_end(run: FakeProcess) -> int | None:
+        if poll(run) is None:
+            return None
+        if run.name == PAIR[1]:
+            (run.work / f"{run.name}.npz").unlink()
+        return -9
+
+    monkeypatch.setattr(FakeProcess, "poll", killed_at_its_end)
+    for name in PAIR:
+        (tmp_path / f"{name}.log").write_text(f"last words of {name}")
+    work = queue(tmp_path, PAIR, num_gpus=1)
+    work.work()
+    assert (list(work.finished), work.failed) == (PAIR[:1], PAIR[1:])
+
+
+def test_a_run_that_hangs_is_ended_after_the_call(tmp_path, monkeypatch):
+    monkeypatch.setattr(stress_queue, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(stress_queue, "START_SECONDS", 0.0)
+    deaf = tmp_path / "deaf"
+    deaf.write_text("#!/bin/sh\ntrap '' TERM\nwhile true; do sleep 0.1; done\n")
+    deaf.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(deaf))
+    started = time.monotonic()
+    work = queue(tmp_path, [LEAD], minutes=0.01)
+    work.work()
+    assert time.monotonic() - started < 10
+    assert (work.running, work.failed) == ([], [])
+
+
 def test_without_lease_minutes_there_is_no_lease(tmp_path):
     flags = ["--preset", "tiny", "--runs", *TINY_PAIR, "--work", str(tmp_path), "--minutes", "0.01"]
     assert main([*flags, "--out", str(tmp_path)]) == 0
@@ -282,6 +316,7 @@ def test_sigterm_ends_a_call_with_its_ledger(tmp_path, monkeypatch, capsys):
     timer.join()
     printed = capsys.readouterr().out
     assert f"{PAIR[1]} ended (-15)" in printed
+    assert "Failed" not in printed
     assert f"Left: {PAIR[1]}." in printed
     assert PAIR[0] in (tmp_path / "out" / "ledger.md").read_text()
 
