@@ -177,15 +177,16 @@ def strongest_pair(
 ) -> tuple[RecordedRun, RecordedRun] | None:
     """The softmax run with the largest sustained factor that has a sigmoid run beside it, and that one.
 
-    Runs without a recorded step have no picture.
+    Runs with a healthy baseline come first; runs without a recorded step have no picture.
     """
     pairs = []
     for name, run in runs.items():
         other = name.replace("-softmax-", "-sigmoid-")
         if "-softmax-" in name and other in runs and min(_num_steps(run), _num_steps(runs[other])) > 0:
-            sustained = judgements[name].sustained
-            pairs.append((-np.inf if sustained is None else sustained, name, run, runs[other]))
-    return max(pairs, key=lambda pair: pair[:2])[2:] if pairs else None
+            judgement = judgements[name]
+            sustained = -np.inf if judgement.sustained is None else judgement.sustained
+            pairs.append((judgement.has_baseline, sustained, name, run, runs[other]))
+    return max(pairs, key=lambda pair: pair[:3])[3:] if pairs else None
 
 
 def draw_layers(path: Path, pair: tuple[RecordedRun, RecordedRun]) -> None:

@@ -3,13 +3,15 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments.run_records import RecordTable, write_run
-from experiments.stress_ledger import main, read_runs
+from experiments.stress_ledger import main, read_runs, strongest_pair
+from experiments.sustained_explosion import judge_long_run
 from probes.record import ALL_LAYERS, Series, StepRecords
 
 
@@ -102,6 +104,20 @@ def test_a_pair_that_never_took_a_step_has_no_figure(tmp_path):
     assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     assert "| 0 (cut) |" in (tmp_path / "out" / "ledger.md").read_text()
     assert not (tmp_path / "out" / "gradient_norms.png").exists()
+
+
+def test_the_figure_is_of_a_pair_with_a_healthy_baseline(tmp_path):
+    for mechanism in ("softmax", "sigmoid"):
+        write(tmp_path, f"lead-{mechanism}-seed0", mechanism, 400, factor=50)
+        write(tmp_path, f"rate-1e-2-{mechanism}-seed0", mechanism, 400, factor=500)
+    runs = read_runs([tmp_path])
+    judgements = {name: judge_long_run(run) for name, run in runs.items()}
+    softmax, sigmoid = strongest_pair(runs, judgements)
+    assert softmax.facts["config"]["name"] == "rate-1e-2-softmax-seed0"
+    assert sigmoid.facts["config"]["name"] == "rate-1e-2-sigmoid-seed0"
+    unhealthy = replace(judgements["rate-1e-2-softmax-seed0"], has_baseline=False)
+    softmax, _ = strongest_pair(runs, judgements | {"rate-1e-2-softmax-seed0": unhealthy})
+    assert softmax.facts["config"]["name"] == "lead-softmax-seed0"
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path, capsys):
