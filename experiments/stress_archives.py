@@ -54,7 +54,8 @@ class Archives:
         index = next((i for i, used in enumerate(self._sizes) if used + size <= ARCHIVE_BYTES), None)
         if index is None:
             if len(self._contents) == MOST_ARCHIVES or size > ARCHIVE_BYTES:
-                self.left_out.append(records)
+                if records not in self.left_out:
+                    self.left_out.append(records)
                 return
             index = len(self._contents)
             self._contents.append([])

@@ -100,9 +100,9 @@ class Queue:
                 time.sleep(0.2)
         finally:
             self._stop()
-            for name, (_, config) in self.runs.items():  # the most important first
+            for _, config in self.runs.values():  # what was cut, or had no room before; most important first
                 records = self._paths(config).records
-                if name not in self.finished and records.exists():
+                if records.exists():
                     self.archives.add(records, read_facts(records)["steps"])
 
     def _next(self) -> tuple[str, list[int]] | None:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from experiments import long_run, stress_queue, stress_test
+from experiments import long_run, stress_archives, stress_queue, stress_test
 from experiments.run_records import RecordTable, read_facts, read_run, write_run
 from experiments.stress_archives import Archives
 from experiments.stress_plan import estimated_seconds, planned_runs
@@ -240,6 +240,19 @@ def test_records_of_runs_that_were_cut_are_carried(tmp_path):
     work.work()
     (archive,) = work.archives.paths
     assert zipfile.ZipFile(archive).namelist() == [f"{PAIR[1]}.npz"]
+
+
+def test_a_finished_run_that_had_no_room_goes_with_the_next_call(tmp_path, fake_processes, monkeypatch):
+    monkeypatch.setattr(stress_archives, "MOST_ARCHIVES", 0)
+    full = queue(tmp_path, PAIR, num_gpus=1)
+    full.work()
+    assert full.archives.paths == []
+    assert [file.stem for file in full.archives.left_out] == PAIR
+    monkeypatch.undo()
+    after = queue(tmp_path, PAIR, num_gpus=1)
+    after.work()
+    (archive,) = after.archives.paths
+    assert zipfile.ZipFile(archive).namelist() == [f"{name}.npz" for name in PAIR]
 
 
 def test_a_lease_that_is_over_is_told(tmp_path, capsys):
