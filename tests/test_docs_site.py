@@ -1,20 +1,24 @@
-"""`make docs`: the site builds without warnings, needs no network, and names every public name."""
+"""`make docs`: the site builds without warnings or network and has every public name, with its example."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import probes
+import probes.report
 import stability
+import stability.testing
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -44,7 +48,9 @@ def public_rooms() -> list[ModuleType]:
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
         if "__all__" in Path(module_file(module)).read_text(encoding="utf-8")
     ]
-    return [importlib.import_module(name) for name in ("stability", "probes", *names) if name not in PRIVATE_ROOMS]
+    return [
+        importlib.import_module(name) for name in ("stability", "probes", *names) if name not in PRIVATE_ROOMS
+    ]
 
 
 def module_file(module: pkgutil.ModuleInfo) -> Path:
@@ -59,6 +65,23 @@ def test_every_public_room_has_a_page() -> None:
     assert {module.__name__ for module in public_rooms()} == set(rooms)
     pages = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
     assert set(re.findall(r"^\.\. public-names:: (\S+)$", pages, re.MULTILINE)) == set(rooms)
+
+
+@pytest.mark.parametrize("room", public_rooms(), ids=lambda room: room.__name__)
+def test_every_public_name_has_an_example_that_runs(room: ModuleType) -> None:
+    """The doctests of both packages run with every `pytest`; here, that there is one."""
+    made_of_code = {
+        name: inspect.unwrap(getattr(room, name))
+        for name in room.__all__
+        if inspect.isclass(getattr(room, name)) or inspect.isfunction(inspect.unwrap(getattr(room, name)))
+    }
+    assert made_of_code
+    assert not [name for name, value in made_of_code.items() if ">>>" not in (value.__doc__ or "")]
+
+
+@pytest.mark.parametrize("value", [probes.report.write_report, stability.testing.assert_within_error_budget])
+def test_public_names_of_rooms_without_all_have_an_example(value: Callable[..., object]) -> None:
+    assert ">>>" in (value.__doc__ or "")
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +110,13 @@ def test_every_public_name_is_on_the_site(site: Path) -> None:
     with (site / "objects.inv").open("rb") as file:
         invdata = inventory.load(file, "", lambda base, path: path)
     documented = {name for kind, names in invdata.items() if kind.startswith("py:") for name in names}
-    page = "".join(path.read_text(encoding="utf-8") for path in (site / "reference").glob("*.html"))
+    pages = "".join(path.read_text(encoding="utf-8") for path in (site / "reference").glob("*.html"))
     for room in public_rooms():
         for name in room.__all__:
             # Documented here, or mentioned here with a link to the room that documents it.
-            assert f"{room.__name__}.{name}" in documented or re.search(
-                rf'<span class="pre">{name}</span></code>: <a class="reference internal" href="[^"]*\.{name}"', page
-            ), f"{room.__name__}.{name} is not on the site"
+            mention = rf'<span class="pre">{name}</span></code>: <a class="[^"]*" href="[^"]*\.{name}"'
+            is_there = f"{room.__name__}.{name}" in documented or re.search(mention, pages)
+            assert is_there, f"{room.__name__}.{name} is not on the site"
 
 
 @pytest.mark.slow

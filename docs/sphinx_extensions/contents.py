@@ -28,7 +28,9 @@ def add_contents(app: Sphinx, name: str, content: list[str]) -> None:
             content[0] += toctree(_LISTED.findall(text), f":caption: {caption}")
     elif name in _FOLDERS:
         glob = _FOLDERS[name]
-        content[0] += toctree([glob], ":glob:", ":reversed:") if glob else toctree(_LISTED.findall(content[0]))
+        content[0] += (
+            toctree([glob], ":glob:", ":reversed:") if glob else toctree(_LISTED.findall(content[0]))
+        )
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
