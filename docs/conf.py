@@ -19,6 +19,7 @@ html_title = project
 html_theme = "furo"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 
 extensions = [
     "myst_parser",

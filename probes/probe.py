@@ -90,7 +90,7 @@ class Probe:
 
     @property
     def records(self) -> list[Record]:
-        """The records in memory, oldest first: the newest two million; the running step comes later."""
+        """The records in memory, oldest first. The newest two million stay; the running step comes later."""
         return list(self._delivery.memory)
 
     @property

@@ -108,7 +108,7 @@ class Record(NamedTuple):
 
     @property
     def series(self) -> Series:
-        """The record's series: all but step, value and standard error."""
+        """The record's series, that is, all but step, value and standard error."""
         return Series(self.layer, self.quantity, self.head, self.call, self.rank, self.kind)
 
 

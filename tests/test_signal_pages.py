@@ -68,4 +68,4 @@ def test_pictures_are_drawn_of_faults_that_the_detectors_tell(tmp_path: Path) ->
     assert {page.stem.replace("-", "_") for page in PAGES} == set(pictures["PICTURES"])
     for name in ("loss_spike", "activations"):  # the quickest
         assert pictures["draw"](pictures["PICTURES"][name], tmp_path / f"{name}.png")
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert (tmp_path / f"{name}.png").stat().st_size > 5_000
