@@ -25,7 +25,7 @@ from stability import divergence
 
 SIGNALS = Path(__file__).parent / "signals"
 BLOCK = re.compile(r"(<!-- alarms: (?P<names>[\w ]+) -->\n).*?(<!-- end of alarms -->)", re.DOTALL)
-ARXIV = re.compile(r"\b(\d{4}\.\d{5})\b")
+ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
 
 KINDS = {
     "GradientExplosionDetector": ("gradient-explosion",),

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from docutils import nodes
-from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
@@ -77,14 +76,7 @@ class PublicNames(SphinxDirective):
         """Documents the module's names."""
         module = importlib.import_module(self.arguments[0])
         self.env.note_dependency(str(module.__file__))
-        content = StringList(list(lines(module)), source=module.__file__)
-        return self.parse_content_to_nodes_of(content)
-
-    def parse_content_to_nodes_of(self, content: StringList) -> list[nodes.Node]:
-        """Parses generated reST."""
-        container = nodes.Element()
-        self.state.nested_parse(content, self.content_offset, container)
-        return container.children
+        return self.parse_text_to_nodes("\n".join(lines(module)))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
