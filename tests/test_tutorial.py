@@ -20,8 +20,8 @@ from tests.test_readme import TUTORIAL, runnable_blocks
 
 
 def shape(output: str) -> str:
-    """An output with numbers and layers replaced by marks, and without what follows from an alert."""
-    output = re.sub(r" What followed: .*", "", output)
+    """An output with numbers and layers replaced by marks, and without an alert's onset and consequences."""
+    output = re.sub(r" What followed: .*|, since step \d+", "", output)
     output = re.sub(r"\btransformer\.[\w.]+", "LAYER", output)
     output = re.sub(r"\b(nan|\d[\d,]*(\.\d+)?(e[+-]?\d+)?)\b", "N", output)
     return re.sub(r" +", " ", output).strip()
