@@ -15,8 +15,8 @@ class ProbeWarning(UserWarning):
     """Something could not be measured or written; the training goes on without it.
 
     Example:
-        >>> import warnings, torch, probes
-        >>> class FullDisk:
+        >>> import warnings, torch, probes, probes.sinks
+        >>> class FullDisk(probes.sinks.MemorySink):
         ...     def write(self, records):
         ...         raise OSError("no space left")
         >>> model = torch.nn.Linear(2, 1)
