@@ -22,7 +22,23 @@ R = TypeVar("R")
 
 
 class ProbeWarning(UserWarning):
-    """Something could not be measured or written; the training goes on without it."""
+    """Something could not be measured or written; the training goes on without it.
+
+    Example:
+        >>> import warnings, torch, probes, probes.sinks
+        >>> class FullDisk(probes.sinks.MemorySink):
+        ...     def write(self, records):
+        ...         raise OSError("no space left")
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always", probes.ProbeWarning)
+        ...     with probes.attach(model, optimizer, sinks=[FullDisk()]) as probe:
+        ...         model(torch.ones(1, 2)).sum().backward()
+        ...         optimizer.step()
+        >>> print(caught[0].message)
+        FullDisk failed and is dropped; training and recording go on: OSError('no space left')
+    """
 
 
 def call_or_drop(members: list[T], member: T, method: Callable[..., R], *arguments: object) -> R | None:

@@ -32,6 +32,23 @@ class Probe:
     """Watches a model while it trains. Made by :func:`probes.attach`, which explains the arguments.
 
     The numbers of a step are written, and verdicts on them given, when the next recorded step ends.
+
+    Example:
+        >>> import torch, probes
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with probes.attach(model, optimizer) as probe:
+        ...     for _ in range(2):
+        ...         loss = model(torch.ones(1, 2)).square().mean()
+        ...         probe.log(loss=loss)
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> [record.step for record in probe.records if record.quantity == "loss"]
+        [0, 1]
+        >>> probe
+        <Probe closed: step 2, ... records, 0 alerts>
     """
 
     def __init__(
@@ -76,7 +93,7 @@ class Probe:
 
     @property
     def records(self) -> list[Record]:
-        """The records in memory, oldest first: the newest two million; the running step comes later."""
+        """The records in memory, oldest first. The newest two million stay; the running step comes later."""
         return list(self._delivery.memory)
 
     @property

@@ -27,6 +27,12 @@ class RecordedSeries(NamedTuple):
     Attributes:
         steps: Optimizer steps, int64 [n], ascending.
         values: float64 [n]. From TensorBoard files they have float32 precision.
+
+    Example:
+        >>> import numpy as np
+        >>> series = RecordedSeries(steps=np.array([0, 10, 20]), values=np.array([1.0, 4.0, 2.0]))
+        >>> int(series.steps[series.values.argmax()])
+        10
     """
 
     steps: np.ndarray
@@ -40,6 +46,12 @@ class RecordedRun(dict[str, RecordedSeries]):
         alerts: The verdicts, in the order in which they were given.
         can_hold_alerts: Whether the files would tell of alerts: a flight recorder and an incident's
             series.npz do not.
+
+    Example:
+        >>> import numpy as np
+        >>> run = RecordedRun({"loss/(all)": RecordedSeries(np.array([0, 1]), np.array([2.5, 2.0]))})
+        >>> run["loss/(all)"].values.tolist(), run.alerts
+        ([2.5, 2.0], [])
     """
 
     def __init__(
@@ -72,6 +84,18 @@ def read(log_dir: str | Path) -> RecordedRun:
     Raises:
         FileNotFoundError: If there is no such directory, or nothing recorded in it.
         ValueError: If a file is not one of ours or of a newer schema.
+
+    Example:
+        >>> import tempfile, torch, probes
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with tempfile.TemporaryDirectory() as log_dir:
+        ...     with probes.attach(model, optimizer, log_dir=log_dir) as probe:
+        ...         model(torch.ones(1, 2)).sum().backward()
+        ...         optimizer.step()
+        ...     run = read(log_dir)
+        >>> run["grad_max_abs/(root)"].values.tolist()
+        [1.0]
     """
     path = Path(log_dir)
     if not path.exists():

@@ -28,6 +28,10 @@ class Series(NamedTuple):
         call: Which call of the module within one forward pass, from 0 (modules may be shared).
         rank: Process of a distributed run, or None.
         kind: "exact", "estimate" (sampled mean), "lower_bound" (sampled maximum), "upper_bound".
+
+    Example:
+        >>> Series("blocks.0", "attention/entropy", head=2).tag
+        'attention/entropy/blocks.0/head_2'
     """
 
     layer: str
@@ -64,7 +68,12 @@ class Series(NamedTuple):
 
 @lru_cache(maxsize=2**16)
 def series_of(layer: str, quantity: str, call: int = 0) -> Series:
-    """The exact series of a layer; the same object each time, since a step names thousands."""
+    """The exact series of a layer; the same object each time, since a step names thousands.
+
+    Example:
+        >>> series_of("blocks.0", "grad_norm") is series_of("blocks.0", "grad_norm")
+        True
+    """
     return Series(layer, quantity, call=call)
 
 
@@ -99,7 +108,7 @@ class Record(NamedTuple):
 
     @property
     def series(self) -> Series:
-        """The record's series: all but step, value and standard error."""
+        """The record's series, that is, all but step, value and standard error."""
         return Series(self.layer, self.quantity, self.head, self.call, self.rank, self.kind)
 
 
@@ -111,6 +120,12 @@ class StepRecords(NamedTuple):
         series: One name per value.
         values: float64 [len(series)].
         standard_errors: float64 [len(series)], NaN where there is none.
+
+    Example:
+        >>> series = (Series("blocks.0", "grad_norm"), Series("blocks.1", "grad_norm"))
+        >>> step = StepRecords(7, series, np.array([1.5, 0.5]), np.full(2, np.nan))
+        >>> [(record.step, record.layer, record.value) for record in step.records()]
+        [(7, 'blocks.0', 1.5), (7, 'blocks.1', 0.5)]
     """
 
     step: int

@@ -28,6 +28,20 @@ def write_report(run_dir: str | Path, *others: str | Path, out: str | Path | Non
         FileNotFoundError: If there is no run.
         ValueError: If a file is not one of ours.
         OSError: If the report cannot be written.
+
+    Example:
+        >>> import tempfile, torch, probes
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with tempfile.TemporaryDirectory() as log_dir:
+        ...     with probes.attach(model, optimizer, log_dir=log_dir) as probe:
+        ...         for _ in range(3):
+        ...             model(torch.ones(1, 2)).square().sum().backward()
+        ...             optimizer.step()
+        ...             optimizer.zero_grad()
+        ...     page = write_report(log_dir)
+        ...     page.name, "<script" in page.read_text()
+        ('report.html', False)
     """
     page = _out(Path(run_dir), out)
     _write(load_runs([Path(run_dir), *map(Path, others)]), page)

@@ -75,6 +75,19 @@ class TensorBoardSink:
         OSError: If the directory cannot be written.
         TypeError: If a hyperparameter is no number, text or truth value.
         ValueError: If the budget is less than 1 MB.
+
+    Example:
+        >>> import tempfile, torch, probes
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with tempfile.TemporaryDirectory() as log_dir:
+        ...     sink = TensorBoardSink(log_dir, hparams={"lr": 0.1}, max_megabytes=10)
+        ...     with probes.attach(model, optimizer, sinks=[sink]) as probe:
+        ...         model(torch.ones(1, 2)).sum().backward()
+        ...         optimizer.step()
+        ...     run = probes.read(log_dir)
+        >>> run["grad_max_abs/(root)"].values.tolist()
+        [1.0]
     """
 
     def __init__(

@@ -44,6 +44,11 @@ class Explanation:
     Attributes:
         implementation: "hopper", "triton" or "reference".
         refusals: Name of each faster implementation → the reason it is not taken.
+
+    Example:
+        >>> print(Explanation("reference", {"triton": "the tensors are on the CPU"}))
+        sigmoid_attention runs on 'reference'.
+          not 'triton': the tensors are on the CPU.
     """
 
     implementation: str
