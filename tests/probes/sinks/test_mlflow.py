@@ -1,0 +1,78 @@
+"""Records and alerts in a run of MLflow, in a local file store."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import probes
+from probes.sinks import MLflowSink
+from tests.probes.sinks.step_records import DIVERGENCE, step_records
+
+
+@pytest.fixture
+def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow-skinny has no database
+    mlflow.set_tracking_uri(tmp_path.as_uri())
+    mlflow.set_experiment("probes")
+    yield mlflow
+    mlflow.set_tracking_uri(None)
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ImportError, match=r'pip install "stability-probes\[mlflow\]"'):
+        MLflowSink()
+
+
+@pytest.mark.parametrize("is_active", [True, False])
+def test_a_run_is_given_layers_and_alerts(mlflow: Any, is_active: bool) -> None:
+    client = mlflow.MlflowClient()
+    with mlflow.start_run() as run:
+        run_id = run.info.run_id
+        sink = MLflowSink(None if is_active else run_id)
+        for step in (6, 7):
+            sink.write(step_records(step))
+        sink.write_alert(DIVERGENCE)
+        sink.close()
+    history = client.get_metric_history(run_id, "grad_norm/blocks.0")
+    assert sorted((metric.step, metric.value) for metric in history) == [(6, 0.1), (7, 0.1)]
+    metrics = client.get_run(run_id).data.metrics
+    assert metrics.keys() == {
+        "grad_norm/blocks.0",
+        "loss/_all_",
+        "attention/entropy/blocks.1",
+        "activation_rms/blocks.1/call_2",
+        "alert/gradient-explosion/blocks.0",
+    }
+    assert metrics["loss/_all_"] == math.inf
+    assert metrics["alert/gradient-explosion/blocks.0"] == 2.0
+    tags = client.get_run(run_id).data.tags
+    assert tags["alert/gradient-explosion/blocks.0"] == str(DIVERGENCE)
+
+
+def test_a_step_of_more_metrics_than_a_request_may_have_is_split(mlflow: Any) -> None:
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(600)))
+    with mlflow.start_run() as run:
+        probe = probes.attach(model, sinks=[MLflowSink()], activations_every=0, details_every=0)
+        model(torch.ones(1, 1)).sum().backward()
+        probe.step()
+        probe.close()
+    assert len(mlflow.MlflowClient().get_run(run.info.run_id).data.metrics) == 1201
+
+
+def test_without_a_run_the_sink_is_dropped_and_training_goes_on(mlflow: Any) -> None:
+    model = nn.Linear(2, 1)
+    probe = probes.attach(model, sinks=[MLflowSink()])
+    model(torch.ones(1, 2)).sum().backward()
+    probe.step()
+    with pytest.warns(probes.ProbeWarning, match=r"MLflowSink failed .* call mlflow\.start_run\(\) first"):
+        probe.close()
+    assert probe.records
