@@ -86,14 +86,21 @@ class ProbeCallback(TrainerCallback, ExportableState):
             self.probe.log(loss=self._loss)
         self._loss = None
 
-    def on_train_end(
+    def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Closes the probe.
+        """Waits for the last step's numbers: when training has ended, loggers that an alert is for have too.
 
         Raises:
             DivergenceError: If the last step shows divergence and ``on_divergence="raise"``.
         """
+        if self.probe is not None and control.should_training_stop:
+            self.probe.state_dict()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Closes the probe."""
         if self.probe is not None:
             self.probe.close()
 

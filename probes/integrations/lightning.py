@@ -52,6 +52,10 @@ class ProbeCallback(Callback):
         self._loss: Tensor | None = None
         self._loaded: dict[str, Any] = {}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets what a checkpoint brought that was only validated or tested."""
+        self._loaded = {}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches; goes on where the checkpoint ends, if the fit does."""
         sinks = (*self._options.get("sinks", ()), _Loggers(trainer))

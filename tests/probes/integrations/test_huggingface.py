@@ -210,30 +210,37 @@ def test_a_checkpoint_without_a_probe_is_resumed_at_its_step(tmp_path: Path) -> 
     assert (tmp_path / "checkpoint-6" / "trainer_state.json").exists()
 
 
-def test_alerts_reach_report_to_and_the_log_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", [3, 5])
+def test_alerts_reach_report_to_and_the_log_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
     trainer = build(tmp_path, report_to=["tensorboard"])
-    trainer.add_callback(Poison(step=3))
+    trainer.add_callback(Poison(step))
     callback = watch(trainer, on_divergence="ignore")
     trainer.train()
     assert callback.probe is not None
     alert: Alert = callback.probe.alerts[0]
-    assert (alert.kind, alert.step, alert.layer) == ("non-finite", 3, "model.layers.1.mlp.up_proj")
+    assert (alert.kind, alert.step, alert.layer) == ("non-finite", step, "model.layers.1.mlp.up_proj")
     tag = f"alert/non-finite/{alert.layer}"
     (log,) = (log for log in trainer.state.log_history if tag in log)
-    assert (log["step"], log[tag]) == (4, 2.0)
+    assert (log["step"], log[tag]) == (step + 1, 2.0)
+    assert "train_runtime" in trainer.state.log_history[-1]  # the loggers are still there then
     files = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in files.Scalars(f"train/{tag}")] == [(4, 2.0)]
+    assert [(event.step, event.value) for event in files.Scalars(f"train/{tag}")] == [(step + 1, 2.0)]
     assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [1, 2, 3, 4, 5, 6]
 
 
-def test_divergence_raised_from_the_training_closes_the_probe(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, 5])
+def test_divergence_raised_from_the_training_closes_the_probe(tmp_path: Path, step: int) -> None:
     trainer = build(tmp_path)
-    trainer.add_callback(Poison(step=3))
+    trainer.add_callback(Poison(step))
     callback = watch(trainer, on_divergence="raise")
-    with pytest.raises(probes.DivergenceError, match=r"step 3: divergence in model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(
+        probes.DivergenceError, match=rf"step {step}: divergence in model\.layers\.1\.mlp\.up_proj"
+    ):
         trainer.train()
     assert callback.probe is not None
     assert callback.probe.is_closed
@@ -273,6 +280,7 @@ def test_a_trainer_trains_twice(tmp_path: Path) -> None:
     assert {step for step, _ in records_of(callback, "loss")} == {0, 1}
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_watched(tmp_path: Path) -> None:
     trainer = build(
         tmp_path, Classifier(), max_steps=2, torch_compile=True, torch_compile_backend="aot_eager"

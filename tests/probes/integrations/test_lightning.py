@@ -105,15 +105,14 @@ def poison(module: LightningModule) -> None:
         module.head.weight[0, 0] = math.nan
 
 
-def fit(
-    directory: Path, *callbacks: Callback, module: LightningModule | None = None, **options: Any
-) -> LightningModule:
+def loader() -> torch.utils.data.DataLoader:
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(32, 5, 16, generator=generator)
     targets = torch.randint(4, (32,), generator=generator)
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=4)
-    checkpoint = options.pop("ckpt_path", None)
-    module = Automatic() if module is None else module
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=4)
+
+
+def trainer(directory: Path, *callbacks: Callback, **options: Any) -> Trainer:
     arguments = {
         "max_epochs": 1,
         "accelerator": "cpu",
@@ -126,8 +125,15 @@ def fit(
         "log_every_n_steps": 1,
         **options,
     }
-    trainer = Trainer(callbacks=list(callbacks), **arguments)
-    trainer.fit(module, data, data, ckpt_path=checkpoint)
+    return Trainer(callbacks=list(callbacks), **arguments)
+
+
+def fit(
+    directory: Path, *callbacks: Callback, module: LightningModule | None = None, **options: Any
+) -> LightningModule:
+    checkpoint = options.pop("ckpt_path", None)
+    module = Automatic() if module is None else module
+    trainer(directory, *callbacks, **options).fit(module, loader(), loader(), ckpt_path=checkpoint)
     return module
 
 
@@ -243,6 +249,15 @@ def test_a_checkpoint_without_a_probe_is_resumed_at_its_step(tmp_path: Path) -> 
     callback = ProbeCallback()
     fit(tmp_path, callback, max_epochs=2, ckpt_path=checkpoint)
     assert {step for step, _ in records_of(callback, "loss")} == set(range(8, 16))
+
+
+def test_a_checkpoint_that_was_only_validated_is_not_resumed(tmp_path: Path) -> None:
+    fit(tmp_path, ProbeCallback(), enable_checkpointing=True)
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    callback = ProbeCallback()
+    trainer(tmp_path, callback).validate(Automatic(), loader(), ckpt_path=checkpoint, verbose=False)
+    fit(tmp_path, callback)
+    assert {step for step, _ in records_of(callback, "loss")} == set(range(8))
 
 
 def test_any_logger_is_given_records_and_alerts(tmp_path: Path) -> None:
