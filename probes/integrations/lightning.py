@@ -110,7 +110,7 @@ class _Loggers:
     """Hands records and alerts to the Trainer's loggers, which know themselves on which rank to write."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+        self._trainer: Any = trainer  # has log_every_n_steps, and does not declare it
 
     def write(self, records: StepRecords) -> None:
         if records.step % self._trainer.log_every_n_steps == 0:
