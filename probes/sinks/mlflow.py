@@ -19,22 +19,26 @@ _MAX_BATCH = 1000  # MLflow's own limit on metrics in one request
 
 
 class MLflowSink:
-    """Logs every record of a layer as the metric ``quantity/layer``; single heads, which are many, are not.
+    """Logs records of layers as ``probes/quantity/layer``, without those of single heads, which are many.
 
-    What MLflow allows in no name becomes an underscore: ``grad_norm/(all)`` is ``grad_norm/_all_``. An alert
-    is the metric ``alert/kind/layer``, 1 for a warning and 2 for divergence, and a tag of that name with the
-    reason. Requests are sent by MLflow's own thread, and nothing waits for them before the end. The run stays
-    open.
+    What MLflow allows in no name becomes an underscore: ``probes/grad_norm/_all_`` is the whole model's. An
+    alert is the metric ``probes/alert/kind/layer``, 1 for a warning and 2 for divergence, and a tag of that
+    name with the reason. MLflow's own thread sends the requests, and only the end waits for them. The run
+    stays open.
 
     Args:
         run_id: The run, in the tracking store that ``mlflow.set_tracking_uri`` names; None: the active one
             (``mlflow.active_run()``) when the first numbers come.
+        every: Logs each n-th step; alerts always.
 
     Raises:
         ImportError: Without the package mlflow.
+        ValueError: If ``every`` is not positive.
     """
 
-    def __init__(self, run_id: str | None = None) -> None:
+    def __init__(self, run_id: str | None = None, *, every: int = 10) -> None:
+        if every < 1:
+            raise ValueError(f"`every` must be at least 1; got {every}.")
         try:
             import mlflow
             from mlflow import entities
@@ -44,12 +48,14 @@ class MLflowSink:
             ) from error
         self._mlflow, self._entities = mlflow, entities
         self._run_id = run_id
+        self._every = every
         self._client: mlflow.MlflowClient | None = None
         self._last: RunOperations | None = None
 
     def write(self, records: StepRecords) -> None:
         """See :class:`~probes.sinks.Sink`."""
-        self._log(records.step, records.by_tag())
+        if records.step % self._every == 0:
+            self._log(records.step, records.by_tag())
 
     def write_alert(self, alert: Alert) -> None:
         """See :class:`~probes.sinks.Sink`."""
@@ -85,4 +91,5 @@ class MLflowSink:
 
 
 def _name(tag: str) -> str:
-    return _NOT_IN_A_NAME.sub("_", tag)
+    # A local file store has a file for each metric: none may be the directory of another.
+    return "probes/" + _NOT_IN_A_NAME.sub("_", tag.replace("/call_", ".call_"))

@@ -14,7 +14,7 @@ STEP = "probes/step"
 
 
 class WandbSink:
-    """Logs every record of a layer as ``probes/quantity/layer``; single heads, which are many, are not.
+    """Logs records of layers as ``probes/quantity/layer``, without those of single heads, which are many.
 
     The charts have an axis of their own, ``probes/step``, so that they stand in nobody's way who logs with
     another one. An alert is the scalar ``probes/alert/kind/layer``, 1 for a warning and 2 for divergence, and
@@ -22,12 +22,16 @@ class WandbSink:
 
     Args:
         run: The run; None: the one that is under way (``wandb.run``) when the first numbers come.
+        every: Logs each n-th step; alerts always.
 
     Raises:
         ImportError: Without the package wandb.
+        ValueError: If ``every`` is not positive.
     """
 
-    def __init__(self, run: wandb.Run | None = None) -> None:
+    def __init__(self, run: wandb.Run | None = None, *, every: int = 10) -> None:
+        if every < 1:
+            raise ValueError(f"`every` must be at least 1; got {every}.")
         try:
             import wandb
         except ImportError as error:
@@ -36,10 +40,13 @@ class WandbSink:
             ) from error
         self._wandb = wandb
         self._given = run
+        self._every = every
         self._run: wandb.Run | None = None
 
     def write(self, records: StepRecords) -> None:
         """See :class:`~probes.sinks.Sink`."""
+        if records.step % self._every:
+            return
         values = {f"probes/{tag}": value for tag, value in records.by_tag().items()}
         self._open_run().log({STEP: records.step, **values})
 

@@ -14,9 +14,10 @@ RECORDS = {
     Series(ALL_LAYERS, "loss"): math.inf,
     Series("blocks.1", "attention/entropy", kind="estimate"): 2.5,
     Series("blocks.1", "attention/entropy", head=1, kind="estimate"): 2.25,
+    Series("blocks.1", "activation_rms"): 1.5,
     Series("blocks.1", "activation_rms", call=2): math.nan,
 }
-STANDARD_ERRORS = [math.nan, math.nan, 0.25, 0.5, math.nan]
+STANDARD_ERRORS = [math.nan, math.nan, 0.25, 0.5, math.nan, math.nan]
 
 DIVERGENCE = Alert(
     7,

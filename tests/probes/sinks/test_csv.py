@@ -27,6 +27,7 @@ def test_a_table_has_every_field_of_every_record(tmp_path: Path) -> None:
         "7,(all),loss,inf,,0,,exact,,",
         "7,blocks.1,attention/entropy,2.5,,0,,estimate,0.25,",
         "7,blocks.1,attention/entropy,2.25,1,0,,estimate,0.5,",
+        "7,blocks.1,activation_rms,1.5,,0,,exact,,",
         "7,blocks.1,activation_rms,nan,,2,,exact,,",
         '7,blocks.0,alert/gradient-explosion,2.0,,0,,exact,,"its gradient, ""norm 9"", grew"',
     ]
@@ -38,7 +39,7 @@ def test_a_table_has_every_field_of_every_record(tmp_path: Path) -> None:
 def test_each_step_is_on_disk_at_once(tmp_path: Path) -> None:
     sink = CsvSink(tmp_path / "run.csv")
     sink.write(step_records(0))
-    assert len(sink.path.read_text().splitlines()) == 6
+    assert len(sink.path.read_text().splitlines()) == 7
     sink.close()
 
 
@@ -56,7 +57,7 @@ def test_a_table_is_continued(tmp_path: Path, is_cut_short: bool) -> None:
     second.close()
     with path.open(newline="") as file:
         rows = list(csv.reader(file))
-    assert [row[0] for row in rows] == ["step", *"00000", *(["1"] if is_cut_short else []), *"11111"]
+    assert [row[0] for row in rows] == ["step", *"000000", *(["1"] if is_cut_short else []), *"111111"]
     assert rows.count(HEADER.split(",")) == 1
 
 

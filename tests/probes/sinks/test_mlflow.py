@@ -32,30 +32,38 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         MLflowSink()
 
 
+def test_a_period_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(ValueError, match="`every` must be at least 1; got 0"):
+        MLflowSink(every=0)
+
+
 @pytest.mark.parametrize("is_active", [True, False])
 def test_a_run_is_given_layers_and_alerts(mlflow: Any, is_active: bool) -> None:
     client = mlflow.MlflowClient()
     with mlflow.start_run() as run:
         run_id = run.info.run_id
-        sink = MLflowSink(None if is_active else run_id)
-        for step in (6, 7):
+        mlflow.log_metric("loss", 1.0)  # another callback logs beside the sink
+        sink = MLflowSink(None if is_active else run_id, every=2)
+        for step in (6, 7, 8):
             sink.write(step_records(step))
         sink.write_alert(DIVERGENCE)
         sink.close()
-    history = client.get_metric_history(run_id, "grad_norm/blocks.0")
-    assert sorted((metric.step, metric.value) for metric in history) == [(6, 0.1), (7, 0.1)]
+    history = client.get_metric_history(run_id, "probes/grad_norm/blocks.0")
+    assert sorted((metric.step, metric.value) for metric in history) == [(6, 0.1), (8, 0.1)]
     metrics = client.get_run(run_id).data.metrics
     assert metrics.keys() == {
-        "grad_norm/blocks.0",
-        "loss/_all_",
-        "attention/entropy/blocks.1",
-        "activation_rms/blocks.1/call_2",
-        "alert/gradient-explosion/blocks.0",
+        "loss",
+        "probes/grad_norm/blocks.0",
+        "probes/loss/_all_",
+        "probes/attention/entropy/blocks.1",
+        "probes/activation_rms/blocks.1",
+        "probes/activation_rms/blocks.1.call_2",
+        "probes/alert/gradient-explosion/blocks.0",
     }
-    assert metrics["loss/_all_"] == math.inf
-    assert metrics["alert/gradient-explosion/blocks.0"] == 2.0
+    assert metrics["probes/loss/_all_"] == math.inf
+    assert metrics["probes/alert/gradient-explosion/blocks.0"] == 2.0
     tags = client.get_run(run_id).data.tags
-    assert tags["alert/gradient-explosion/blocks.0"] == str(DIVERGENCE)
+    assert tags["probes/alert/gradient-explosion/blocks.0"] == str(DIVERGENCE)
 
 
 def test_a_step_of_more_metrics_than_a_request_may_have_is_split(mlflow: Any) -> None:

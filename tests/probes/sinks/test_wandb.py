@@ -22,6 +22,11 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         WandbSink()
 
 
+def test_a_period_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(ValueError, match="`every` must be at least 1; got 0"):
+        WandbSink(every=0)
+
+
 def test_a_run_is_given_layers_and_alerts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb", reason="needs wandb")
     settings = wandb.Settings(mode="offline", silent=True, x_disable_stats=True, x_disable_meta=True)
@@ -31,7 +36,8 @@ def test_a_run_is_given_layers_and_alerts(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(run, "log", lambda data: logged.append(data) or log(data))
         run.log({"train/loss": 1.0})  # another callback logs beside the sink, with its own axis
         for given in (None, run):
-            sink = WandbSink(given)
+            sink = WandbSink(given, every=2)
+            sink.write(step_records(6))
             sink.write(step_records(7))
             sink.write_alert(DIVERGENCE)
             sink.close()
@@ -41,8 +47,10 @@ def test_a_run_is_given_layers_and_alerts(tmp_path: Path, monkeypatch: pytest.Mo
         "probes/grad_norm/blocks.0",
         "probes/loss/(all)",
         "probes/attention/entropy/blocks.1",
+        "probes/activation_rms/blocks.1",
         "probes/activation_rms/blocks.1/call_2",
     }
+    assert logged[1]["probes/step"] == 6
     assert logged[2] == {"probes/step": 7, "probes/alert/gradient-explosion/blocks.0": 2.0}
     (file,) = tmp_path.rglob("*.wandb")
     expected = (b"probes/grad_norm/blocks.0", b"gradient-explosion in blocks.0", b"clip the gradient")
