@@ -49,7 +49,7 @@ def test_a_run_is_given_layers_and_alerts(mlflow: Any, is_active: bool) -> None:
         sink.write_alert(DIVERGENCE)
         sink.close()
     history = client.get_metric_history(run_id, "probes/grad_norm/blocks.0")
-    assert sorted((metric.step, metric.value) for metric in history) == [(6, 0.1), (8, 0.1)]
+    assert [(metric.step, metric.value) for metric in history] == [(6, 0.1), (8, 0.1)]
     metrics = client.get_run(run_id).data.metrics
     assert metrics.keys() == {
         "loss",
@@ -74,6 +74,18 @@ def test_a_step_of_more_metrics_than_a_request_may_have_is_split(mlflow: Any) ->
         probe.step()
         probe.close()
     assert len(mlflow.MlflowClient().get_run(run.info.run_id).data.metrics) == 1201
+
+
+def test_a_request_that_fails_ends_the_sink_with_one_warning(mlflow: Any) -> None:
+    model = nn.Linear(2, 1)
+    probe = probes.attach(model, sinks=[MLflowSink("0" * 32, every=1)])
+    with pytest.warns(probes.ProbeWarning, match=r"MLflowSink failed .* not found") as caught:
+        for _ in range(3):
+            model(torch.ones(1, 2)).sum().backward()
+            probe.step()
+        probe.close()
+    assert len(caught) == 1
+    assert {record.step for record in probe.records} == {0, 1, 2}
 
 
 def test_without_a_run_the_sink_is_dropped_and_training_goes_on(mlflow: Any) -> None:
