@@ -232,6 +232,11 @@ def _check_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> None
         raise ValueError("`optimizer` names one optimizer twice; name each once.")
     parameters = set(model.parameters())
     for optimizer in optimizers:
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # Accelerate's wrapper, which has no hooks
+            raise ValueError(
+                f"`optimizer` must be the one that updates the weights; this {type(optimizer).__name__} "
+                "wraps it. Give that one: optimizer.optimizer."
+            )
         if not any(
             parameter in parameters for group in optimizer.param_groups for parameter in group["params"]
         ):

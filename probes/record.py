@@ -11,11 +11,11 @@ import numpy as np
 
 from probes.quantities import QUANTITIES
 from stability.attention.summary import Kind
-from stability.divergence import ALL_LAYERS
+from stability.divergence import ALL_LAYERS, Alert
 
 _LAYER = re.compile(r"(.*?)(?:/call_(\d+))?(?:/head_(\d+))?", re.DOTALL)
 
-__all__ = ["ALL_LAYERS", "Kind", "Record", "Series", "StepRecords", "series_of"]
+__all__ = ["ALL_LAYERS", "Kind", "Record", "Series", "StepRecords", "alert_marker", "series_of"]
 
 
 class Series(NamedTuple):
@@ -75,6 +75,19 @@ def series_of(layer: str, quantity: str, call: int = 0) -> Series:
         True
     """
     return Series(layer, quantity, call=call)
+
+
+def alert_marker(alert: Alert) -> tuple[Series, float]:
+    """An alert as one more series, for places that take numbers only: 1 for a warning, 2 for divergence.
+
+    Example:
+        >>> alert = Alert(7, "blocks.0", "grad_norm", "warning", 9.0, 1.0, "…", kind="dead")
+        >>> series, value = alert_marker(alert)
+        >>> series.tag, value
+        ('alert/dead/blocks.0', 1.0)
+    """
+    series = Series(alert.layer, f"alert/{alert.kind or alert.quantity}")
+    return series, 2.0 if alert.severity == "divergence" else 1.0
 
 
 class Record(NamedTuple):
@@ -138,6 +151,11 @@ class StepRecords(NamedTuple):
         kept = [index for index, name in enumerate(self.series) if name not in series]
         names = tuple(self.series[index] for index in kept)
         return StepRecords(self.step, names, self.values[kept], self.standard_errors[kept])
+
+    def by_tag(self) -> dict[str, float]:
+        """Tag → value of whole layers; single heads, which are many, are left out."""
+        named = zip(self.series, self.values.tolist(), strict=True)
+        return {series.tag: value for series, value in named if series.head is None}
 
     def records(self) -> Iterator[Record]:
         """Yields the step's records in the order they were measured."""

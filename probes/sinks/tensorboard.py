@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from probes.quantities import QUANTITIES
-from probes.record import ALL_LAYERS, Series, StepRecords
+from probes.record import ALL_LAYERS, Series, StepRecords, alert_marker
 from probes.sinks.event_files import EventFiles
 from probes.sinks.heat_map import HeatMap
 from probes.sinks.heat_map_picture import heat_map_png
@@ -176,8 +176,8 @@ class TensorBoardSink:
         lines.append(f"<!-- {fields} -->")
         told = self._summaries.text("alerts", "\n\n".join(lines))
         # After the text: an event that begins with a scalar is a step's, and thinned.
-        tag = Series(alert.layer, f"alert/{alert.kind or alert.quantity}").tag
-        told.value.add(tag=tag, simple_value=2.0 if alert.severity == "divergence" else 1.0)
+        marker, value = alert_marker(alert)
+        told.value.add(tag=marker.tag, simple_value=value)
         self._alert_room -= told.ByteSize()
         if self._alert_room < 0:
             return

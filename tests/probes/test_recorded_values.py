@@ -312,6 +312,26 @@ def test_a_closure_is_measured_after_it_ran() -> None:
     assert values_of(probe, "grad_norm", "(root)") == [5.0]
 
 
+@pytest.mark.parametrize("is_attention", [True, False])
+def test_required_attention_may_come_within_a_closure(is_attention: bool) -> None:
+    model = nn.MultiheadAttention(8, 2) if is_attention else nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def closure() -> Tensor:
+        inputs = torch.rand(3, 8)
+        loss = model(inputs, inputs, inputs)[0].sum() if is_attention else model(inputs).sum()
+        loss.backward()
+        return loss
+
+    with probes.attach(model, optimizer, attention_every=1) as probe:
+        if is_attention:
+            optimizer.step(closure)
+        else:
+            with pytest.raises(ValueError, match="no attention call"):
+                optimizer.step(closure)
+    assert bool(probe.attention_sites) == is_attention
+
+
 def test_every_thins_and_the_layer_filter_selects() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     with probes.attach(model, every=3, layers="1") as probe:
