@@ -18,6 +18,7 @@ from probes.quantities import QUANTITIES
 from probes.record import ALL_LAYERS, Record, Series
 from probes.same_step import SameStep
 from probes.schedule import Schedule
+from probes.sharding import Sharding
 from probes.snapshots import Snapshots
 from probes.watch import Watch
 from stability.divergence import Alert
@@ -41,6 +42,8 @@ class Probe:
         selected: set[str],
         schedule: Schedule,
         attention_rows: int | None,
+        sharding: Sharding,
+        has_ranks: bool,
         is_attention_required: bool,
         same_step: bool,
         snapshots: Snapshots | None,
@@ -54,6 +57,8 @@ class Probe:
             selected=selected,
             schedule=schedule,
             attention_rows=attention_rows,
+            sharding=sharding,
+            has_ranks=has_ranks,
             before_step_ends=self._check_attention_seen,
             after_step=delivery.send,
         )
@@ -237,7 +242,7 @@ class Probe:
         self._handles.close()
         try:
             if self._watch.pending:  # a step that an exception or an interrupt cut short
-                self._delivery.send(self._watch.step, self._watch.pending.take())
+                self._delivery.send(self._watch.step, self._watch.pending.take(), is_whole=False)
         finally:
             self._delivery.close(silently=silently, step=self._watch.step, error=error)
 

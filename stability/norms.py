@@ -119,7 +119,8 @@ def count_nonfinite(tensors: Sequence[Tensor], norms: Sequence[Tensor]) -> list[
         chosen = [tensors[i].detach() for i in counted]
         # x − x is NaN where x is not finite and 0 elsewhere.
         for i, difference in zip(counted, torch._foreach_sub(chosen, chosen), strict=True):
-            counts[i] = torch.linalg.vector_norm(difference, 0, dtype=torch.float32)
+            dtype = torch.promote_types(difference.dtype, torch.float32)
+            counts[i] = torch.linalg.vector_norm(difference, 0, dtype=dtype)
     return counts
 
 
