@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +13,10 @@ from probes.layout import Layout, Packing
 from probes.pending import Pending
 from probes.record import Series, StepRecords
 from probes.transfer import Transfer
+
+# What is gathered at a time: with a thousand ranks, the statistics of every head come to a gigabyte.
+MAX_GATHERED_BYTES = 2**26
+_BYTES_PER_SLOT = 16  # a value and a weight
 
 
 class Lane:
@@ -25,16 +31,27 @@ class Lane:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.group = group
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._group = group
+        self._slots_at_once = slots_at_once(group.size())
 
-    def all_gather(self, packed: Tensor) -> tuple[Tensor, dist.Work]:
-        """Every rank's vector: [ranks, *packed.shape], once the work is done."""
-        gathered = packed.new_empty(self.group.size() * packed.numel())
+    def all_gather(self, packed: Tensor) -> Iterator[tuple[Tensor, dist.Work]]:
+        """Every rank's values and weights [2, slots], in as few pieces as memory allows.
+
+        Yields:
+            [ranks, 2, slots of the piece], once the work is done.
+        """
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
-        work = gather(gathered, packed.view(-1), group=self.group, async_op=True)
-        return gathered.view(-1, *packed.shape), work
+        for piece in packed.split(self._slots_at_once, dim=1):
+            gathered = piece.new_empty(self._group.size() * piece.numel())
+            work = gather(gathered, piece.reshape(-1), group=self._group, async_op=True)
+            yield gathered.view(-1, *piece.shape), work
+
+
+def slots_at_once(num_ranks: int) -> int:
+    """How many slots of so many ranks are gathered at a time."""
+    return max(1, MAX_GATHERED_BYTES // (num_ranks * _BYTES_PER_SLOT))
 
 
 class GlobalTransfer:
@@ -64,13 +81,11 @@ class GlobalTransfer:
         self.left_out = packing.left_out(pending)
         self._arrived: torch.cuda.Event | None = None
         if lane.stream is None:
-            self._gathered, self._work = lane.all_gather(packing.pack(pending))
+            self._gathered = list(lane.all_gather(packing.pack(pending)))
             return
         lane.stream.wait_stream(torch.cuda.current_stream(lane.device))
         with torch.cuda.stream(lane.stream):
-            gathered, work = lane.all_gather(packing.pack(pending))
-            work.wait()  # this stream does; the host goes on
-            joined = layout.reduction(*_values_and_weights(gathered))
+            joined = self._join(lane.all_gather(packing.pack(pending)))
             self._host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
             self._host.copy_(joined, non_blocking=True)
             self._arrived = torch.cuda.Event()
@@ -79,8 +94,7 @@ class GlobalTransfer:
     def wait(self) -> StepRecords:
         """The step's records. Waits for them if they have not arrived; one step later they have."""
         if self._arrived is None:
-            self._work.wait()
-            self._host = self._layout.reduction(*_values_and_weights(self._gathered))
+            self._host = self._join(self._gathered)
         else:
             self._arrived.synchronize()
         values, num_ranks, first_broken = self._host.tolist()
@@ -97,6 +111,15 @@ class GlobalTransfer:
             if count
         )
         return join(self.step, parts, (), self._layout.ratios)
+
+    def _join(self, pieces: Iterable[tuple[Tensor, dist.Work]]) -> Tensor:
+        joined, first_slot = [], 0
+        for gathered, work in pieces:
+            work.wait()  # on CUDA the stream does; the host goes on
+            values, weights = gathered.unbind(dim=1)
+            joined.append(self._layout.reduction(values, weights, first_slot))
+            first_slot += values.shape[1]
+        return torch.cat(joined, dim=1)
 
 
 class LocalTransfer(Transfer):
@@ -116,8 +139,3 @@ class LocalTransfer(Transfer):
         """See :class:`probes.transfer.Transfer`."""
         records = super().wait()
         return records._replace(series=tuple(name._replace(rank=self._rank) for name in records.series))
-
-
-def _values_and_weights(gathered: Tensor) -> tuple[Tensor, Tensor]:
-    values, weights = gathered[..., :-1].unbind(dim=1)  # the last entry has no slot
-    return values, weights

@@ -48,6 +48,7 @@ class Ranks:
         self.rank = dist.get_rank()
         self.is_first = group.rank() == 0
         self._schedule = astuple(schedule)
+        self._group = group
         self._lane = Lane(group, _device(group))
         self._ranks = dist.get_process_group_ranks(group)
         self._layouts: dict[tuple[object, ...], Layout] = {}
@@ -68,7 +69,7 @@ class Ranks:
         kind = (is_rest, *(is_due(step, every) for every in self._schedule))
         layout = self._layouts.get(kind)
         if layout is None or layout.expires <= self._num_transfers:
-            layout = self._layouts[kind] = agree(pending, self._lane.device, self._lane.group)
+            layout = self._layouts[kind] = agree(pending, self._lane.device, self._group)
         transfer = GlobalTransfer(step, self._num_transfers, pending, layout, self._lane)
         self._num_transfers += 1
         return transfer

@@ -73,7 +73,7 @@ def agree(pending: Pending, device: torch.device, group: dist.ProcessGroup) -> L
         device: Where the ranks' vectors will be gathered.
         group: The ranks.
     """
-    mine = _slots(pending), list(dict.fromkeys(pending.ratios))
+    mine = slots_of(pending), list(dict.fromkeys(pending.ratios))
     digests: list[bytes] = [b""] * group.size()
     dist.all_gather_object(digests, hashlib.sha256(repr(mine).encode()).digest(), group)
     different = list(dict.fromkeys(digests))
@@ -103,7 +103,7 @@ class Packing:
         self._device = device
         position = {slot: index for index, slot in enumerate(layout.slots)}
         self._size = len(position) + 1  # the last entry is for what has no slot
-        places = iter([position.get(slot, self._size - 1) for slot in _slots(pending)])
+        places = iter([position.get(slot, self._size - 1) for slot in slots_of(pending)])
         self._places = [[next(places) for _ in m.series] for m in pending.measurements]
         self._number_places = list(places)
         self._has_more = self._size - 1 in chain(*self._places, self._number_places)
@@ -131,7 +131,7 @@ class Packing:
         return _key(pending) == self._key
 
     def pack(self, pending: Pending) -> Tensor:
-        """Values and weights in the agreed order, 0 where there is none: float64 [2, slots + 1]."""
+        """Values and weights in the agreed order, 0 where there is none: float64 [2, slots]."""
         measured = pending.measurements
         factors, weights = self._factors_and_weights(measured)
         values = [self._together([measured[index].tensor for index in group]) for group in self._groups]
@@ -151,7 +151,7 @@ class Packing:
                 [weights, *(self._together([c]) for c in counts if isinstance(c, Tensor)), of_numbers[1]]
             ),
         )
-        return packed
+        return packed[:, :-1]
 
     def left_out(self, pending: Pending) -> Pending | None:
         """What has no slot, if there is anything."""
@@ -205,7 +205,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _slots(pending: Pending) -> list[Slot]:
+def slots_of(pending: Pending) -> list[Slot]:
     """A slot for each scalar, in the order in which they were measured."""
     parts: Counter[tuple[Series, bool]] = Counter()
     slots = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from probes.quantities import largest, reduction_of, root_mean_square, root_sum_of_squares, total
+from probes.quantities import largest, mean, reduction_of, root_mean_square, root_sum_of_squares
 from probes.record import Series
 
 
@@ -34,30 +34,32 @@ class RankReduction:
         self._is_largest = mask([reduction is largest for reduction in reductions]) & ~self._is_error
         roots = (root_sum_of_squares, root_mean_square)
         self._is_root = mask([reduction in roots for reduction in reductions]) | self._is_error
-        sums = (root_sum_of_squares, total)
-        self._is_sum = mask([reduction in sums for reduction in reductions]) & ~self._is_error
+        means = (mean, root_mean_square)
+        self._is_mean = mask([reduction in means for reduction in reductions]) & ~self._is_error
 
-    def __call__(self, values: Tensor, weights: Tensor) -> Tensor:
+    def __call__(self, values: Tensor, weights: Tensor, first_slot: int = 0) -> Tensor:
         """Joins.
 
         Args:
-            values: [ranks, slots], at least float32.
-            weights: [ranks, slots].
+            values: [ranks, n] of n slots, in float64.
+            weights: [ranks, n].
+            first_slot: The first of them.
 
         Returns:
-            [3, slots]: the joined values; how many ranks have one; the lowest rank whose value is NaN or +∞,
+            [3, n]: the joined values; how many ranks have one; the lowest rank whose value is NaN or +∞,
             or −1 where none or all of them are. (−∞ is the largest of no logits.)
         """
+        these = slice(first_slot, first_slot + values.shape[1])
+        is_error, is_root = self._is_error[these], self._is_root[these]
         is_there = weights > 0
         values = values.where(is_there, 0.0)
-        powers = values.square().where(self._is_root, values)
-        factors = weights.square().where(self._is_error, weights)
-        sums = (factors * powers).sum(dim=0)
+        powers = values.square().where(is_root, values)
+        factors = weights.square().where(is_error, weights)
         count = weights.sum(dim=0)
-        joined = sums / count.where(~self._is_sum & ~self._is_error, 1.0)
-        joined = joined.sqrt().where(self._is_root, joined) / count.where(self._is_error, 1.0)
+        joined = (factors * powers).sum(dim=0) / count.where(self._is_mean[these], 1.0)
+        joined = joined.sqrt().where(is_root, joined) / count.where(is_error, 1.0)
         maxima = values.where(is_there, -torch.inf).amax(dim=0)
-        joined = maxima.where(self._is_largest, joined)
+        joined = maxima.where(self._is_largest[these], joined)
 
         num_there = is_there.sum(dim=0)
         is_broken = ~(values < torch.inf)
