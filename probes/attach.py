@@ -122,7 +122,7 @@ def attach(
     """
     optimizers = _optimizers(optimizer)
     _check_model(model)
-    model = unwrapped(model)
+    wrapper, model = model, unwrapped(model)
     for name, number in (
         ("every", every),
         ("activations_every", activations_every),
@@ -162,7 +162,7 @@ def attach(
         "same_step": same_step,
         "snapshot_every": snapshot_every,
     }
-    ranks, sharding = join_ranks(model, names, process_group, schedule, settings)
+    ranks, sharding = join_ranks(wrapper, names, process_group, schedule, settings)
     is_writer = ranks is None or ranks.is_first
     action = AlertAction(on_divergence, same_step=same_step, warns=is_writer)
     incidents = None

@@ -38,19 +38,21 @@ class Ranks:
     Args:
         group: The ranks.
         schedule: When something is measured.
+        wrapper: What the script trains, a ``DistributedDataParallel`` maybe.
 
     Attributes:
         rank: This process, as ``torch.distributed.get_rank`` gives it.
         is_first: Whether it is the one that writes.
     """
 
-    def __init__(self, group: dist.ProcessGroup, schedule: Schedule) -> None:
+    def __init__(self, group: dist.ProcessGroup, schedule: Schedule, wrapper: nn.Module) -> None:
         self.rank = dist.get_rank()
         self.is_first = group.rank() == 0
         self._schedule = astuple(schedule)
         self._group = group
         self._lane = Lane(group, _device(group))
         self._ranks = dist.get_process_group_ranks(group)
+        self._wrapper = wrapper
         self._layouts: dict[tuple[object, ...], Layout] = {}
         self._num_transfers = 0
 
@@ -65,7 +67,17 @@ class Ranks:
             step: A step that is due.
             pending: What this rank has measured.
             is_rest: Whether the step has sent numbers before.
+
+        Raises:
+            RuntimeError: Under ``with model.join()``, where some ranks have no more steps while others go on.
         """
+        join_config = getattr(self._wrapper, "_join_config", None)
+        if join_config is not None and join_config.enable:
+            raise RuntimeError(
+                "probes join the ranks' numbers at each recorded step, which a rank without batches "
+                "under `with model.join()` does not reach. Give every rank equally many batches "
+                "(DistributedSampler does), or train without the probe."
+            )
         kind = (is_rest, *(is_due(step, every) for every in self._schedule))
         layout = self._layouts.get(kind)
         if layout is None or layout.expires <= self._num_transfers:
@@ -96,7 +108,7 @@ class Ranks:
 
 
 def join_ranks(
-    model: nn.Module,
+    wrapper: nn.Module,
     names: dict[nn.Module, str],
     process_group: dist.ProcessGroup | None,
     schedule: Schedule,
@@ -105,8 +117,8 @@ def join_ranks(
     """Finds out who trains the model together; every rank calls it.
 
     Args:
-        model: The model.
-        names: Name of every module.
+        wrapper: The model, as the script trains it.
+        names: Name of every module of what is :func:`unwrapped` of it.
         process_group: The ranks; None: all there are.
         schedule: When something is measured.
         settings: What has to be the same on every rank, beside model and schedule.
@@ -124,6 +136,7 @@ def join_ranks(
                 "torch.distributed.init_process_group first, or leave it out."
             )
         return None, Sharding()
+    model = unwrapped(wrapper)
     group = process_group or dist.group.WORLD
     assert group is not None  # initialized
     if group.rank() < 0:
@@ -157,7 +170,7 @@ def join_ranks(
         ],
         has_dtensors=True,
     )
-    return Ranks(group, schedule), sharding
+    return Ranks(group, schedule, wrapper), sharding
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

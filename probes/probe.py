@@ -49,6 +49,7 @@ class Probe:
         snapshots: Snapshots | None,
     ) -> None:
         self._has_optimizers = bool(optimizers)
+        self._sharding = sharding
         self._delivery = delivery
         self._is_attention_required = is_attention_required
         self._watch = Watch(
@@ -118,7 +119,8 @@ class Probe:
                         f"{value.dtype}. Log its mean, say."
                     )
                 # A copy: the script may go on adding to a running loss.
-                self._watch.pending.add(series, value.detach().reshape(()).clone())
+                copy = self._sharding.part(value.detach()).reshape(()).clone()
+                self._watch.pending.add(series, copy)
             elif isinstance(value, Real):
                 self._watch.pending.add_number(series, float(value))
             else:

@@ -22,8 +22,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import probes
@@ -100,6 +107,22 @@ def tensor_parallel(directory: Path) -> Result:
     return as_rows(train(_divided(init_device_mesh("cpu", (dist.get_world_size(),)))))
 
 
+def sequence_parallel(directory: Path) -> Result:
+    """Between parallel layers a rank has a part of the sequence; gradients of norms are partial sums."""
+    divided = model()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    column, row = ColwiseParallel(input_layouts=Shard(1)), RowwiseParallel(output_layouts=Shard(1))
+    plan: dict[str, ParallelStyle] = {"norm": SequenceParallel(sequence_dim=1)}
+    plan |= dict.fromkeys(("query", "key", "value", "up"), column) | dict.fromkeys(("out", "down"), row)
+    for block in divided.blocks:
+        parallelize_module(block, mesh, plan)
+    whole = PrepareModuleInput(
+        input_layouts=Shard(1), desired_input_layouts=Replicate(), use_local_output=True
+    )
+    parallelize_module(divided, mesh, {"embed": ColwiseParallel(output_layouts=Shard(1)), "head": whole})
+    return as_rows(train(divided))
+
+
 def tensor_parallel_and_fsdp(directory: Path) -> Result:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     divided = _divided(mesh["tensor"])
@@ -134,7 +157,14 @@ def no_sync(directory: Path) -> Result:
 
 
 def grad_scaler(directory: Path) -> Result:
-    wrapped = DistributedDataParallel(model())
+    return _with_grad_scaler(DistributedDataParallel(model()))
+
+
+def fsdp_with_grad_scaler(directory: Path) -> Result:
+    return _with_grad_scaler(_sharded())
+
+
+def _with_grad_scaler(wrapped: nn.Module) -> Result:
     optimizer, scaler = adamw(wrapped), torch.amp.GradScaler("cpu", init_scale=4.0)
     with probes.attach(wrapped, optimizer, **EVERYTHING) as probe:
         for step in range(2):
@@ -180,6 +210,11 @@ def nan_in_forward_between_activations(directory: Path) -> Result:
 
 def nan_in_backward(directory: Path) -> Result:
     return _with_nan(_nan_gradient, step_of_nan=4, activations_every=10, details_every=0, attention_every=10)
+
+
+def nan_in_backward_of_fsdp(directory: Path) -> Result:
+    options = {"activations_every": 10, "details_every": 0, "attention_every": 10}
+    return _with_nan(_nan_gradient, step_of_nan=4, wrap=lambda bare: _sharded(), **options)
 
 
 def nan_raises(directory: Path) -> Result:
@@ -249,6 +284,17 @@ def refused(directory: Path) -> Result:
     }
 
 
+def joined(directory: Path) -> Result:
+    """Under a context in which ranks may have different numbers of batches."""
+    wrapped = DistributedDataParallel(model())
+    try:
+        with wrapped.join():
+            train(wrapped, own_part)
+    except RuntimeError as error:
+        return {"message": str(error)}
+    return {"message": "nothing was refused"}
+
+
 def killed(directory: Path) -> Result:
     """The last rank goes without a word."""
     wrapped = DistributedDataParallel(model())
@@ -284,16 +330,20 @@ def _divided(mesh: Any) -> nn.Module:
 
 
 def _with_nan(
-    plant: Callable[[nn.Module], None], step_of_nan: int = 0, saves: bool = False, **options: Any
+    plant: Callable[[nn.Module], None],
+    step_of_nan: int = 0,
+    saves: bool = False,
+    wrap: Callable[[nn.Module], nn.Module] = DistributedDataParallel,
+    **options: Any,
 ) -> Result:
-    """Trains five steps; the last rank has a NaN in its second block from one of them on."""
-    wrapped = DistributedDataParallel(model())
+    """Trains six steps; the last rank has a NaN in its second block from one of them on."""
+    wrapped = wrap(model())
     optimizer = adamw(wrapped)
     result: Result = {"raised_in": None}
     with probes.attach(wrapped, optimizer, **{**EVERYTHING, **options}) as probe:
         for step in range(6):
             if step == step_of_nan and dist.get_rank() == dist.get_world_size() - 1:
-                plant(wrapped.module.blocks[1])
+                plant(getattr(wrapped, "module", wrapped).blocks[1])
             try:
                 wrapped(own_part(batch(step))).square().mean().backward()
                 if saves and dist.get_rank() == 0:
@@ -306,7 +356,8 @@ def _with_nan(
     result["alerts"] = [
         {"step": a.step, "layer": a.layer, "rank": a.rank, "reason": a.reason} for a in probe.alerts
     ]
-    result["weights_are_finite"] = all(bool(p.isfinite().all()) for p in wrapped.parameters())
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in wrapped.parameters()]
+    result["weights_are_finite"] = all(bool(part.isfinite().all()) for part in parts)
     return result
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import probes
 
-WIDTH, HEADS, TOKENS, BATCH, STEPS = 16, 4, 5, 8, 3
+WIDTH, HEADS, TOKENS, BATCH, STEPS = 16, 4, 8, 8, 3
 EVERYTHING: dict[str, Any] = {
     "activations_every": 1,
     "details_every": 1,
