@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from probes.pending import Pending
 from probes.record import Series, series_of
+from probes.sharding import Sharding
 from stability.module_calls import in_backward
 from stability.norms import max_abs, tensor_norm
 
@@ -34,15 +35,17 @@ class Activations:
     Args:
         pending: Receives the scalars.
         guard: Runs a named measurement so that its failure does not reach the backward pass.
+        sharding: Which part of an activation is here.
 
     Attributes:
         is_detailed: Whether largest entries are measured too.
     """
 
-    def __init__(self, pending: Pending, guard: Callable[..., None]) -> None:
+    def __init__(self, pending: Pending, guard: Callable[..., None], sharding: Sharding) -> None:
         self.is_detailed = False
         self._pending = pending
         self._guard = guard
+        self._sharding = sharding
         self._calls: Counter[str] = Counter()
         self._watched: dict[int, _Watched] = {}
         self._has_input: set[str] = set()
@@ -68,6 +71,8 @@ class Activations:
         tensor = next(floating_tensors(inputs), None)
         if tensor is None or not tensor.requires_grad or self._is_recomputed(layer):
             return
+        if layer in self._sharding.split_inputs:
+            return  # an ordinary tensor, of which nobody tells that it is a part
         self._watch(tensor).append(series_of(layer, "_input_grad_norm", self._calls[layer]))
         self._has_input.add(layer)
 
@@ -85,9 +90,13 @@ class Activations:
 
     def measure_output(self, layer: str, call: int, values: Tensor) -> None:
         """Adds the size of an output that is not attached to the graph."""
-        norm = tensor_norm(values)
-        root_size = math.sqrt(values.numel())
-        self._pending.add(series_of(layer, "activation_rms", call), norm, factor=1 / root_size)
+        values, _ = self._sharding.activation(values)
+        if values.numel() == 0:
+            return  # another rank's samples
+        norm, size = tensor_norm(values), values.numel()
+        self._pending.add(
+            series_of(layer, "activation_rms", call), norm, factor=1 / math.sqrt(size), weight=size
+        )
         if self.is_detailed:
             self._pending.add(series_of(layer, "activation_max_abs", call), max_abs(values))
 
@@ -110,9 +119,10 @@ class Activations:
 
     def measure_gradient(self, gradient: Tensor, series: Iterable[Series]) -> None:
         """Adds the norm of a gradient under every name it has."""
-        norm = tensor_norm(gradient)
+        part, weight = self._sharding.activation(gradient)
+        norm = tensor_norm(part)
         for name in series:
-            self._pending.add(name, norm)
+            self._pending.add(name, norm, weight=weight)
 
     def _watch(self, tensor: Tensor) -> list[Series]:
         """The series that this tensor's gradient norm goes to; hooks the tensor when it is new."""

@@ -63,12 +63,13 @@ class AlertAction:
         on_divergence: "ignore", "warn", "raise", "skip", "restore" or a function that takes the alert.
             Skipping and restoring are done by :class:`probes.same_step.SameStep`; here they warn.
         same_step: Whether verdicts come before the optimizer steps.
+        warns: Whether this process is the one that tells people; all raise and call the function.
 
     Raises:
         ValueError: If it is none of these, or can only be done in the same step.
     """
 
-    def __init__(self, on_divergence: OnDivergence, *, same_step: bool = False) -> None:
+    def __init__(self, on_divergence: OnDivergence, *, same_step: bool = False, warns: bool = True) -> None:
         if not callable(on_divergence) and on_divergence not in _ACTIONS:
             raise ValueError(
                 f"`on_divergence` must be one of {_ACTIONS} or a function; got {on_divergence!r}."
@@ -79,6 +80,7 @@ class AlertAction:
                 "which costs one synchronisation of the device at every recorded step."
             )
         self._on_divergence = on_divergence
+        self._warns = warns
         self._when = "seen before the update" if same_step else "seen one recorded step later"
         self._warned: set[tuple[str, str]] = set()
 
@@ -108,7 +110,7 @@ class AlertAction:
             self._on_divergence(alert)
         elif self._on_divergence == "raise" and alert.severity == "divergence":
             raise DivergenceError(alert, remark)
-        elif self._on_divergence != "ignore":
+        elif self._on_divergence != "ignore" and self._warns:
             kind = (alert.kind or alert.quantity, alert.severity)
             if kind not in self._warned:
                 self._warned.add(kind)

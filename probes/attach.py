@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from probes.alerts import AlertAction, OnDivergence
 from probes.delivery import Delivery
+from probes.distributed import join_ranks, unwrapped
 from probes.failures import ProbeWarning
 from probes.flight_recorder import FlightRecorder
 from probes.flight_recorder_file import FILE_NAME
@@ -51,6 +53,7 @@ def attach(
     same_step: bool = False,
     snapshot_every: int = 100,
     hparams: Mapping[str, HParam] | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Probe:
     """Watches a model while it trains, layer by layer, without changing it.
 
@@ -92,6 +95,10 @@ def attach(
             with AdamW six times the size of the parameters, in the devices' memory.
         hparams: Names and values, such as the learning rate, by which TensorBoard's HParams page tells runs
             apart; it sorts them by their peak gradient norm.
+        process_group: The processes that train the model together (DDP, FSDP2, tensor parallelism), all of
+            which call ``attach`` with the same arguments; None: all there are. Their numbers are joined at
+            each recorded step to those of the whole model and batch, and the first one writes:
+            docs/distributed.md.
 
     Returns:
         The attached probe. Close it, or use it as a context manager.
@@ -99,8 +106,8 @@ def attach(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If the model has no parameters, is compiled or is watched already, ``layers`` matches
-            nothing, a number is out of range, ``on_divergence`` is unknown, or ``same_step`` is missing for
-            it or has not exactly one optimizer.
+            nothing, a number is out of range, ``on_divergence`` is unknown, ``same_step`` is missing for
+            it or has not exactly one optimizer, or the processes differ in what must be the same.
         OSError: If ``log_dir`` cannot be written.
 
     Example:
@@ -115,6 +122,7 @@ def attach(
     """
     optimizers = _optimizers(optimizer)
     _check_model(model)
+    wrapper, model = model, unwrapped(model)
     for name, number in (
         ("every", every),
         ("activations_every", activations_every),
@@ -143,13 +151,26 @@ def attach(
     )
     names = layer_names(model)
     selected = select_layers(names.values(), layers)
-    action = AlertAction(on_divergence, same_step=same_step)
     if same_step and len(optimizers) != 1:
         raise ValueError(
             f"`same_step` judges one optimizer's updates; got {len(optimizers)} optimizers. Leave it out, "
             "or give `optimizer` one."
         )
+    detectors = default_detectors() if detectors is None else detectors
+    settings = {
+        "layers": sorted(selected),
+        "attention_rows": attention_rows,
+        "on_divergence": "a function" if callable(on_divergence) else on_divergence,
+        "detectors": [type(detector).__name__ for detector in detectors],
+        "same_step": same_step,
+        "snapshot_every": snapshot_every,
+    }
+    ranks, sharding = join_ranks(wrapper, names, process_group, schedule, settings)
+    is_writer = ranks is None or ranks.is_first
+    action = AlertAction(on_divergence, same_step=same_step, warns=is_writer)
     incidents = None
+    if not is_writer:
+        log_dir, sinks = None, ()
     if log_dir is not None:  # after every check: a refused call leaves no directory behind
         log_dir = Path(log_dir).absolute()  # the script may go to another directory
         configuration = _configuration(model, optimizers, schedule)
@@ -163,9 +184,7 @@ def attach(
         if recorder is not None:
             sinks = (recorder, *sinks)
             incidents = IncidentWriter(log_dir / "incidents", recorder.path)
-    delivery = Delivery(
-        sinks, default_detectors() if detectors is None else detectors, action, names.values(), incidents
-    )
+    delivery = Delivery(sinks, detectors, action, names.values(), incidents, ranks)
     probe = Probe(
         names,
         optimizers,
@@ -173,6 +192,8 @@ def attach(
         selected=selected,
         schedule=schedule,
         attention_rows=attention_rows,
+        sharding=sharding,
+        has_ranks=ranks is not None,
         is_attention_required=bool(attention_every),
         same_step=same_step,
         snapshots=Snapshots(model, optimizers[0], snapshot_every) if action.restores else None,

@@ -15,6 +15,7 @@ from probes.attention_sites import AttentionSite, attention_site, read_softmax
 from probes.failures import ProbeWarning
 from probes.pending import Pending
 from probes.record import Kind, Series
+from probes.sharding import Sharding
 from stability.attention.by_hand import is_attention_softmax, is_named_for_attention
 from stability.attention.call import AttentionCall
 from stability.attention.compiled import Place, Tracer
@@ -41,6 +42,7 @@ class AttentionCalls:
         selected: Layers that are watched.
         rows: Query rows sampled per sequence, or None for all.
         guard: Runs a named measurement so that its failure does not reach the model.
+        sharding: Which samples and heads are here.
 
     Attributes:
         sites: Where attention is seen, by layer and number of the call.
@@ -58,6 +60,7 @@ class AttentionCalls:
         selected: set[str],
         rows: int | None,
         guard: Callable[..., None],
+        sharding: Sharding,
     ) -> None:
         self.sites: dict[Place, AttentionSite] = {}
         self.unseen: dict[tuple[str, str], AttentionSite] = {}
@@ -69,6 +72,7 @@ class AttentionCalls:
         self._selected = selected
         self._rows = rows
         self._guard = guard
+        self._sharding = sharding
         self._calls: Counter[str] = Counter()
         self._modules = {name: module for module, name in module_calls.names.items()}
         self._softmax_modules = {n for n, module in self._modules.items() if isinstance(module, nn.Softmax)}
@@ -220,17 +224,26 @@ class AttentionCalls:
         return True
 
     def _measure(self, place: Place, seen: SeenAttention, step: int) -> None:
-        # Each step has its own rows, the same ones in every run.
-        for quantity, summary in seen.statistics(self._rows, seed=step).summarize().items():
-            series, heads = _names(place, quantity, summary.kind, summary.per_head.shape[0])
-            self._pending.add(series, summary.value, summary.standard_error)
-            self._pending.add_each(heads, summary.per_head, summary.per_head_standard_error)
+        batch, num_heads = seen.call.query.shape[:2]
+        first_sample = self._sharding.first_sample(batch)
+        first_head = self._sharding.first_head(place.layer, num_heads)
+        # Each step has its own rows, the same ones in every run, on however many processes.
+        statistics = seen.statistics(self._rows, seed=step, first_sample=first_sample)
+        for quantity, summary in statistics.summarize().items():
+            series, heads = _names(place, quantity, summary.kind, first_head, num_heads)
+            of_all = 1.0 if summary.count is None else summary.count
+            of_heads = 1.0 if summary.per_head_count is None else summary.per_head_count
+            self._pending.add(series, summary.value, summary.standard_error, weight=of_all)
+            self._pending.add_each(heads, summary.per_head, summary.per_head_standard_error, weight=of_heads)
 
 
 @lru_cache(maxsize=2**12)
-def _names(place: Place, quantity: str, kind: Kind, num_heads: int) -> tuple[Series, tuple[Series, ...]]:
+def _names(
+    place: Place, quantity: str, kind: Kind, first_head: int, num_heads: int
+) -> tuple[Series, tuple[Series, ...]]:
     series = Series(place.layer, f"attention/{quantity}", call=place.call, kind=kind)
-    return series, tuple(series._replace(head=head) for head in range(num_heads))
+    heads = range(first_head, first_head + num_heads)
+    return series, tuple(series._replace(head=head) for head in heads)
 
 
 def _contains(name: str, layer: str) -> bool:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from probes.pending import Pending
 from probes.record import series_of
+from probes.sharding import Sharding
 from stability.norms import tensor_norms
 
 
@@ -22,10 +23,12 @@ class OptimizerState:
 
     Args:
         layer_of: Layer of each watched parameter.
+        sharding: Which part of a parameter and its state is here.
     """
 
-    def __init__(self, layer_of: dict[Tensor, str]) -> None:
+    def __init__(self, layer_of: dict[Tensor, str], sharding: Sharding) -> None:
         self._layer_of = layer_of
+        self._sharding = sharding
         self._weights_before: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
@@ -42,19 +45,21 @@ class OptimizerState:
             if has_closure or parameter.grad is not None
         ]
         # Fused operations here and below: a launch per parameter would cost more than the arithmetic.
-        copies = torch._foreach_mul([parameter.detach() for parameter in watched], 1) if watched else ()
+        copies = torch._foreach_mul(self._values_of(watched), 1) if watched else ()
         self._weights_before = list(zip(watched, copies, strict=True))
 
     @torch.no_grad()
     def after(self, pending: Pending, optimizer: Optimizer) -> None:
         """Adds ``update_ratio`` and, for optimizers with Adam's second moment, ``adam_update_rms``."""
-        layers = [self._layer_of[parameter] for parameter, _ in self._weights_before]
+        stepped = [parameter for parameter, _ in self._weights_before]
+        layers = [self._layer_of[parameter] for parameter in stepped]
         changes = [before for _, before in self._weights_before]
         if changes:
-            torch._foreach_sub_(changes, [parameter.detach() for parameter, _ in self._weights_before])
+            torch._foreach_sub_(changes, self._values_of(stepped))
         self._weights_before = []
-        for layer, norm in zip(layers, tensor_norms(changes), strict=True):
-            pending.add(series_of(layer, "_update_norm"), norm)
+        weights = self._sharding.weights(stepped)
+        for layer, norm, weight in zip(layers, tensor_norms(changes), weights, strict=True):
+            pending.add(series_of(layer, "_update_norm"), norm, weight=weight)
         del changes  # before the next temporaries of the weights' size
         for layer in dict.fromkeys(layers):
             pending.add_ratio(
@@ -65,15 +70,16 @@ class OptimizerState:
         self._add_adam_update_rms(pending, optimizer)
 
     def _add_adam_update_rms(self, pending: Pending, optimizer: Optimizer) -> None:
-        layers, sizes, gradients, moments, corrections, floors = [], [], [], [], [], []
+        layers, weights, gradients, moments, corrections, floors = [], [], [], [], [], []
         for parameter, group in self._watched(optimizer):
             state = optimizer.state.get(parameter, {})
             if not _has_second_moment(state, group) or parameter.grad is None or parameter.grad.is_sparse:
                 continue
             layers.append(self._layer_of[parameter])
-            sizes.append(parameter.numel())
-            gradients.append(parameter.grad)
-            moment = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
+            weights.append(self._sharding.weight(parameter))
+            gradients.append(self._sharding.part(parameter.grad))
+            name = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+            moment = self._sharding.part(state[name])
             # ε² keeps entries that have never had a gradient (g = v = 0, as in embeddings) at 0; in float16
             # it would be 0 itself.
             moments.append(moment.to(torch.promote_types(moment.dtype, torch.float32)))
@@ -90,10 +96,10 @@ class OptimizerState:
         torch._foreach_clamp_min_(moments, floors)
         torch._foreach_sqrt_(moments)
         ratios = torch._foreach_div(gradients, moments)
-        size_of: dict[str, int] = {}
-        for layer, size, norm in zip(layers, sizes, tensor_norms(ratios), strict=True):
-            pending.add(series_of(layer, "_adam_update_norm"), norm)
-            size_of[layer] = size_of.get(layer, 0) + size
+        size_of: dict[str, float] = {}  # over all ranks these add up to the layer's size
+        for layer, weight, ratio, norm in zip(layers, weights, ratios, tensor_norms(ratios), strict=True):
+            pending.add(series_of(layer, "_adam_update_norm"), norm, weight=weight)
+            size_of[layer] = size_of.get(layer, 0.0) + weight * ratio.numel()
         for layer, size in size_of.items():
             pending.add_number(series_of(layer, "_root_size"), math.sqrt(size))
             pending.add_ratio(
@@ -101,6 +107,9 @@ class OptimizerState:
                 series_of(layer, "_adam_update_norm"),
                 series_of(layer, "_root_size"),
             )
+
+    def _values_of(self, parameters: list[Tensor]) -> list[Tensor]:
+        return self._sharding.parts([parameter.detach() for parameter in parameters])
 
     def _watched(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, dict]]:
         for group in optimizer.param_groups:

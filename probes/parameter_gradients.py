@@ -9,6 +9,7 @@ from torch import Tensor
 
 from probes.pending import Pending
 from probes.record import Series, series_of
+from probes.sharding import Sharding
 from stability.norms import count_nonfinite, largest_entries, tensor_norms
 
 
@@ -20,6 +21,7 @@ def measure_gradients(
     parameters: Iterable[Tensor],
     grad_scale: Tensor | None = None,
     *,
+    sharding: Sharding,
     is_detailed: bool,
 ) -> None:
     """Adds ``grad_norm``, and in detail ``grad_max_abs`` and ``nonfinite_count``, of every selected layer.
@@ -34,25 +36,30 @@ def measure_gradients(
         parameters: The parameters of the optimizer that is about to step.
         grad_scale: What a ``GradScaler`` has multiplied the gradients by, where the optimizer takes it out
             itself (fused ones do); None where they are unscaled.
+        sharding: Which part of a gradient is here.
         is_detailed: Whether to measure more than norms.
     """
-    layers, gradients = [], []
+    layers, whole = [], []
     for parameter in parameters:
         if parameter.grad is not None and parameter in layer_of:
             layers.append(layer_of[parameter])
-            gradients.append(_dense_values(parameter.grad))
+            whole.append(parameter.grad)
+    gradients = [_dense_values(gradient) for gradient in sharding.parts(whole)]
+    weights = sharding.weights(whole)
     norms = tensor_norms(gradients)
     names = [series_of(layer, "grad_norm" if layer in selected else "_other_grad_norm") for layer in layers]
-    _add_values(pending, names, norms, grad_scale)
+    _add_values(pending, names, norms, weights, grad_scale)
     if not is_detailed:
         return
     detailed = [index for index, layer in enumerate(layers) if layer in selected]
     layers = [layers[index] for index in detailed]
     gradients = [gradients[index] for index in detailed]
+    weights = [weights[index] for index in detailed]
     largest = largest_entries(gradients)
-    _add_values(pending, [series_of(layer, "grad_max_abs") for layer in layers], largest, grad_scale)
+    names = [series_of(layer, "grad_max_abs") for layer in layers]
+    _add_values(pending, names, largest, weights, grad_scale)
     counts = count_nonfinite(gradients, [norms[index] for index in detailed])
-    _add_values(pending, [series_of(layer, "nonfinite_count") for layer in layers], counts)
+    _add_values(pending, [series_of(layer, "nonfinite_count") for layer in layers], counts, weights)
 
 
 @torch.no_grad()
@@ -62,6 +69,7 @@ def measure_weights(
     selected: set[str],
     parameters: Iterable[Tensor],
     *,
+    sharding: Sharding,
     has_closure: bool,
 ) -> None:
     """Adds ``weight_norm`` of every selected layer, of the parameters that the step is about to change.
@@ -71,21 +79,26 @@ def measure_weights(
         layer_of: Layer of each of the model's parameters.
         selected: Layers that are recorded.
         parameters: The parameters of the optimizer that is about to step.
+        sharding: Which part of a weight is here.
         has_closure: Whether the step computes the gradients itself, so that there are none to see yet.
     """
-    weights = [
+    watched = [
         parameter
         for parameter in parameters
         if layer_of.get(parameter) in selected and (has_closure or parameter.grad is not None)
     ]
-    names = [series_of(layer_of[parameter], "weight_norm") for parameter in weights]
-    _add_values(pending, names, tensor_norms(weights))
+    names = [series_of(layer_of[parameter], "weight_norm") for parameter in watched]
+    _add_values(pending, names, tensor_norms(sharding.parts(watched)), sharding.weights(watched))
 
 
 def _add_values(
-    pending: Pending, names: Sequence[Series], values: Sequence[Tensor], scale: Tensor | None = None
+    pending: Pending,
+    names: Sequence[Series],
+    values: Sequence[Tensor],
+    weights: Sequence[float],
+    scale: Tensor | None = None,
 ) -> None:
-    """Adds one 0-d value a name, together for each device and dtype, divided by a scale."""
+    """Adds one 0-d value and weight a name, together for each device and dtype, divided by a scale."""
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, value in enumerate(values):
         alike.setdefault((value.device, value.dtype), []).append(index)
@@ -94,7 +107,9 @@ def _add_values(
         if scale is not None:
             together = together.to(torch.promote_types(dtype, torch.float32))
             together /= scale.to(device, non_blocking=True)
-        pending.add_each([names[index] for index in indices], together)
+        pending.add_each(
+            [names[index] for index in indices], together, weight=[weights[index] for index in indices]
+        )
 
 
 def _dense_values(gradient: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from probes.quantities import QUANTITIES
 from probes.record import ALL_LAYERS, Record, Series
 from probes.same_step import SameStep
 from probes.schedule import Schedule
+from probes.sharding import Sharding
 from probes.snapshots import Snapshots
 from probes.watch import Watch
 from stability.divergence import Alert
@@ -60,11 +61,14 @@ class Probe:
         selected: set[str],
         schedule: Schedule,
         attention_rows: int | None,
+        sharding: Sharding,
+        has_ranks: bool,
         is_attention_required: bool,
         same_step: bool,
         snapshots: Snapshots | None,
     ) -> None:
         self._has_optimizers = bool(optimizers)
+        self._sharding = sharding
         self._delivery = delivery
         self._is_attention_required = is_attention_required
         self._watch = Watch(
@@ -73,6 +77,8 @@ class Probe:
             selected=selected,
             schedule=schedule,
             attention_rows=attention_rows,
+            sharding=sharding,
+            has_ranks=has_ranks,
             before_step_ends=self._check_attention_seen,
             after_step=delivery.send,
         )
@@ -133,7 +139,8 @@ class Probe:
                         f"{value.dtype}. Log its mean, say."
                     )
                 # A copy: the script may go on adding to a running loss.
-                self._watch.pending.add(series, value.detach().reshape(()).clone())
+                copy = self._sharding.part(value.detach()).reshape(()).clone()
+                self._watch.pending.add(series, copy)
             elif isinstance(value, Real):
                 self._watch.pending.add_number(series, float(value))
             else:
@@ -267,7 +274,7 @@ class Probe:
             )
         try:
             if self._watch.pending:  # a step that an exception or an interrupt cut short
-                self._delivery.send(self._watch.step, self._watch.pending.take())
+                self._delivery.send(self._watch.step, self._watch.pending.take(), is_whole=False)
         finally:
             self._delivery.close(silently=silently, step=self._watch.step, error=error)
 

@@ -53,7 +53,7 @@ class SameStep:
             self._warn_of_closure()
             return
         step, pending = self._watch.step, self._watch.pending
-        if not pending:
+        if not self._delivery.takes(step, pending):
             return
         try:
             alert = self._delivery.judge(step, pending)

@@ -20,8 +20,10 @@ from probes.layers import activation_layers, outermost_blocks, parameter_layers
 from probes.optimizer_state import OptimizerState
 from probes.parameter_gradients import measure_gradients, measure_weights
 from probes.pending import LOSS_FACTOR, Pending
+from probes.rank_witness import FIRST_GRADIENT_NORM, RankWitness
 from probes.record import ALL_LAYERS, Series
 from probes.schedule import Schedule, is_due
+from probes.sharding import Sharding
 from stability.module_calls import ModuleCalls, in_backward
 
 SKIPPED_STEP = Series(ALL_LAYERS, "skipped_step")
@@ -36,6 +38,8 @@ class Watch:
         selected: Layers that are watched.
         schedule: When.
         attention_rows: Query rows sampled per sequence, or None for all.
+        sharding: Which part of the model and the batch is here.
+        has_ranks: Whether other ranks train the model too.
         before_step_ends: Called before the last optimizer steps; after it, if a closure makes the forward
             pass within the step. May raise.
         after_step: Called with a step that has ended and its measurements; may raise.
@@ -54,6 +58,8 @@ class Watch:
         selected: set[str],
         schedule: Schedule,
         attention_rows: int | None,
+        sharding: Sharding,
+        has_ranks: bool,
         before_step_ends: Callable[[], None],
         after_step: Callable[[int, Pending], None],
     ) -> None:
@@ -66,16 +72,20 @@ class Watch:
         self._selected = selected
         self._layer_of = parameter_layers(names)
         self._layers = activation_layers(names, selected)
-        self._blocks = {names[module] for module in outermost_blocks(next(iter(names)))} & selected
+        blocks = outermost_blocks(next(iter(names)))
+        self._blocks = {names[module] for module in blocks} & selected
+        first_block = next(module for module in names if module in blocks)
+        self._witness = RankWitness(first_block, self._see_first_gradient) if has_ranks else None
         self._measured_layers: set[str] = set()
         self._is_forward_seen = False
-        self._activations = Activations(self.pending, self._guard)
+        self._sharding = sharding
+        self._activations = Activations(self.pending, self._guard, sharding)
         self._optimizer_state = OptimizerState(
-            {parameter: layer for parameter, layer in self._layer_of.items() if layer in selected}
+            {parameter: layer for parameter, layer in self._layer_of.items() if layer in selected}, sharding
         )
         self._module_calls = ModuleCalls(names, self._before_module, self._after_module)
         self.attention = AttentionCalls(
-            self.pending, self._module_calls, selected, attention_rows, self._guard
+            self.pending, self._module_calls, selected, attention_rows, self._guard, sharding
         )
         self._compiled_layers = CompiledLayers(self._layers | self._blocks, self._see_compiled)
         self._sees_attention = bool(schedule.attention or schedule.layer_jacobians)
@@ -97,6 +107,8 @@ class Watch:
         handles.callback(self._compiled_layers.close)
         if self._sees_attention:
             self.attention.install(handles)
+        if self._witness is not None:
+            self._witness.install(handles)
         handles.enter_context(observe_grad_scaler(self._before_scaler_step, self._after_scaler_step))
         for optimizer in self._optimizers:
             handles.callback(optimizer.register_step_pre_hook(self._before_optimizer).remove)
@@ -203,6 +215,10 @@ class Watch:
             finally:
                 self._is_measuring_jacobian = self.attention.is_paused = False
 
+    def _see_first_gradient(self, gradient: Tensor) -> None:
+        if self._is_recorded:
+            self._guard("gradients", self._activations.measure_gradient, gradient, [FIRST_GRADIENT_NORM])
+
     def _see_compiled(self, what: What, layer: str, call: int, tensor: Tensor) -> None:
         self._is_forward_seen = True
         if layer not in self._measured_layers:
@@ -225,7 +241,8 @@ class Watch:
             return
         self._scaled_optimizer = optimizer
         if self._measured_layers and not self.pending.has(LOSS_FACTOR.quantity):
-            self.pending.add(LOSS_FACTOR, factor.clone().reshape(()))
+            weight = self._sharding.copy_weight
+            self.pending.add(LOSS_FACTOR, factor.clone().reshape(()), weight=weight)
 
     def _after_scaler_step(self, optimizer: Optimizer) -> None:
         if self._scaled_optimizer is not optimizer:
@@ -285,11 +302,19 @@ class Watch:
             self._selected,
             parameters,
             grad_scale,
+            sharding=self._sharding,
             is_detailed=self._is_detailed,
         )
 
     def _measure_weights(self, parameters: Iterable[Tensor], *, has_closure: bool) -> None:
-        measure_weights(self.pending, self._layer_of, self._selected, parameters, has_closure=has_closure)
+        measure_weights(
+            self.pending,
+            self._layer_of,
+            self._selected,
+            parameters,
+            sharding=self._sharding,
+            has_closure=has_closure,
+        )
 
     def _is_measured(self, optimizer: Optimizer) -> bool:
         """Of an optimizer that steps several times before the others do (a critic), the first step counts."""

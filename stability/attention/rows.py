@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ def select_rows(
     lengths: Tensor | None,
     device: torch.device,
     seed: int,
+    first_sample: int = 0,
 ) -> SelectedRows:
     """Chooses query rows without reading anything from the device.
 
@@ -50,6 +52,8 @@ def select_rows(
         lengths: [batch] numbers of valid rows, int64, on `device`.
         device: Where the result goes.
         seed: Seed of the sample, which is the same on every device.
+        first_sample: Number of sequences that other processes hold before these: a sequence gets the same
+            rows wherever it is.
 
     Returns:
         Positions, weights and coverage.
@@ -69,16 +73,20 @@ def select_rows(
         if lengths is None:
             return SelectedRows(everything, torch.ones_like(everything[:1]).expand(batch, tokens), "all")
         return SelectedRows(everything, _is_valid(everything, tokens, lengths).long(), "all")
-    return _sampled_rows(rows, batch, tokens, lengths, device, seed)
+    return _sampled_rows(_draw(rows, batch, seed, first_sample), tokens, lengths, device)
 
 
-def _sampled_rows(
-    num_rows: int, batch: int, tokens: int, lengths: Tensor | None, device: torch.device, seed: int
-) -> SelectedRows:
+@lru_cache(maxsize=1)
+def _draw(num_rows: int, batch: int, seed: int, first_sample: int) -> Tensor:
+    """A random number for each row of each sequence, [batch, num_rows]; a step's layers ask for the same."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(_RANDOM_RANGE, (first_sample + batch, num_rows), generator=generator)[first_sample:]
+
+
+def _sampled_rows(draw: Tensor, tokens: int, lengths: Tensor | None, device: torch.device) -> SelectedRows:
     # Drawn on the CPU, where the generator's state is: the copy to the device waits for nothing. Without
     # lengths from the device all else is found there as well, in microseconds instead of launches.
-    generator = torch.Generator().manual_seed(seed)
-    draw = torch.randint(_RANDOM_RANGE, (batch, num_rows), generator=generator)
+    batch, num_rows = draw.shape
     if lengths is None:
         edges = (torch.arange(num_rows + 1) * tokens // num_rows).expand(batch, -1)
         rows, sizes = _one_of_each(edges, draw).to(device, non_blocking=True)

@@ -38,11 +38,11 @@ class SeenAttention:
     call: AttentionCall
     row_logits: RowLogits | None = None
 
-    def statistics(self, rows: int | None, seed: int) -> AttentionStatistics:
+    def statistics(self, rows: int | None, seed: int, first_sample: int = 0) -> AttentionStatistics:
         """Statistics of all rows, or of a sample, as :func:`stability.attention_statistics` takes them."""
         if self.row_logits is None:
-            return attention_statistics(**vars(self.call), rows=rows, seed=seed)
-        return _logit_statistics(self.call, self.row_logits, rows, seed)
+            return attention_statistics(**vars(self.call), rows=rows, seed=seed, first_sample=first_sample)
+        return _logit_statistics(self.call, self.row_logits, rows, seed, first_sample)
 
 
 def seen_logits(logits: Tensor) -> SeenAttention:
@@ -71,12 +71,20 @@ def scaled_products(call: AttentionCall, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _logit_statistics(
-    call: AttentionCall, row_logits: RowLogits, rows: int | None, seed: int
+    call: AttentionCall, row_logits: RowLogits, rows: int | None, seed: int, first_sample: int
 ) -> AttentionStatistics:
     batch, heads, tokens_q, _ = call.query.shape
     tokens_k = call.key.shape[2]
     device = call.query.device
-    selected = select_rows(rows, batch=batch, tokens=tokens_q, lengths=None, device=device, seed=seed)
+    selected = select_rows(
+        rows,
+        batch=batch,
+        tokens=tokens_q,
+        lengths=None,
+        device=device,
+        seed=seed,
+        first_sample=first_sample,
+    )
     chunk = max(1, _CHUNK_ELEMENTS // (batch * heads * tokens_k))
     parts = []
     for positions, weights in zip(

@@ -109,6 +109,7 @@ def attention_statistics(
     bias: float | Tensor | None = None,
     score_bias: Tensor | None = None,
     seed: int = 0,
+    first_sample: int = 0,
     exact_spectral: bool = False,
 ) -> AttentionStatistics:
     """Measures the rows of an attention call; memory is linear in the tokens, and nothing is read back.
@@ -132,6 +133,8 @@ def attention_statistics(
         bias: Sigmoid only; None means −ln(max(key_lengths, 1)).
         score_bias: Sigmoid only; [tokens_k] or [batch, tokens_k].
         seed: Seed of sampled rows.
+        first_sample: Where the batch is a part of a larger one: how many sequences stand before it. A
+            sequence's sampled rows are then those it would have in the whole batch.
         exact_spectral: For softmax, solve for ‖J‖₂ instead of bounding it.
 
     Returns:
@@ -174,6 +177,7 @@ def attention_statistics(
         lengths=terms.query_lengths,
         device=query.device,
         seed=seed,
+        first_sample=first_sample,
     )
     quantities = row_quantities(query, key, mechanism, terms, selected, exact_spectral=exact_spectral)
     return AttentionStatistics(

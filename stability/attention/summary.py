@@ -26,6 +26,8 @@ class SummaryValue:
         standard_error: 0-d, of a sampled mean; None where all rows were measured and for maxima. It errs on
             the large side. NaN where the rows were given, or where a sample has a single row.
         per_head_standard_error: [heads], likewise.
+        count: 0-d, how many rows a mean is over, those that sampled rows stand for included; None for maxima.
+        per_head_count: [heads], likewise.
     """
 
     value: Tensor
@@ -33,6 +35,8 @@ class SummaryValue:
     kind: Kind
     standard_error: Tensor | None = None
     per_head_standard_error: Tensor | None = None
+    count: Tensor | None = None
+    per_head_count: Tensor | None = None
 
 
 def summarize_rows(
@@ -90,6 +94,8 @@ def summarize_rows(
             "upper_bound" if name in upper_bounds else kind,
             None if error is None else error[i],
             None if per_head_error is None else per_head_error[i],
+            count_of_all,
+            count,
         )
     return summary
 

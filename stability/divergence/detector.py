@@ -33,6 +33,8 @@ class Alert:
         evidence: (step, value) of the quantity in that layer before and from onset, at most 16 points.
         spread: Layers that followed, in the order of time, then of the forward pass.
         remedies: What usually helps, with its literature.
+        rank: Process of a distributed run where a value that is not finite came up first; None where that is
+            not known, or there is one process.
 
     Example:
         >>> alert = Alert(120, "blocks.3.mlp", "grad_norm", "warning", 9.0, 0.1, "it grew", onset_step=114)
@@ -52,6 +54,7 @@ class Alert:
     evidence: tuple[tuple[int, float], ...] = ()
     spread: tuple[str, ...] = ()
     remedies: tuple[str, ...] = ()
+    rank: int | None = None
 
     def __str__(self) -> str:
         since = "" if self.onset_step in (None, self.step) else f", since step {self.onset_step}"

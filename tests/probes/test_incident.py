@@ -120,7 +120,7 @@ class TestWhen:
                         model(torch.ones(1, 1)).sum().backward()
                         optimizer.step()
                         if step == 3:
-                            monkeypatch.setattr("probes.pending.Transfer.wait", lost)
+                            monkeypatch.setattr("probes.transfer.Transfer.wait", lost)
                     raise RuntimeError("CUDA error: device-side assert triggered")
         assert len(caught) == 1
         assert folders(tmp_path) == ["step-000006-RuntimeError"]

@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 
 import probes
 import stability
-from probes import pending
+from probes import transfer
 from probes.record import StepRecords
 from probes.sinks import MemorySink
 from stability.divergence import Alert, NonFiniteDetector
@@ -326,8 +326,8 @@ class TestFailuresWhileTraining:
 
     def test_one_copy_per_recorded_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
         copies = []
-        original = pending._copy_to_host
-        monkeypatch.setattr(pending, "_copy_to_host", lambda *a: (copies.append(1), original(*a))[1])
+        original = transfer._copy_to_host
+        monkeypatch.setattr(transfer, "_copy_to_host", lambda *a: (copies.append(1), original(*a))[1])
         model = transformer_encoder()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         with probes.attach(model, optimizer, every=2, attention_every=4) as probe:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import probes
-from probes import pending
+from probes import transfer
 from stability.divergence import Alert, NonFiniteDetector
 
 Optimizers = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -267,8 +267,8 @@ def test_what_is_measured_after_the_update_is_judged_with_the_next_step() -> Non
 
 def test_one_copy_a_step_where_nothing_is_measured_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[int] = []
-    original = pending._copy_to_host
-    monkeypatch.setattr(pending, "_copy_to_host", lambda *a: (copies.append(1), original(*a))[1])
+    original = transfer._copy_to_host
+    monkeypatch.setattr(transfer, "_copy_to_host", lambda *a: (copies.append(1), original(*a))[1])
     Training(same_step=True, details_every=0).run(5)
     assert len(copies) == 5
 

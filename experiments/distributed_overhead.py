@@ -1,0 +1,252 @@
+r"""What probes cost on several GPUs: DDP and FSDP2 training with them against bare training, interleaved.
+
+Every configuration trains its own copy of the model. In each round all of them take their turn, in an order
+that rotates: eleven steps that are not timed, in which a fresh probe meets every kind of step and the ranks
+agree on what they exchange, then --steps-per-round timed ones. A turn lasts as long as its slowest rank.
+Reported is the median over rounds of the ratio to bare training in the same round, with a 95 % bootstrap
+interval; "bare, a second copy" shows what no difference looks like. Steps of `details_every` are not timed.
+
+    torchrun --nproc-per-node 2 -m experiments.distributed_overhead --device cuda
+    torchrun --nproc-per-node 2 -m experiments.distributed_overhead --preset tiny --rounds 1
+
+The first rank writes `distributed_overhead.json` below --out and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import probes
+from experiments.command_line import (
+    check_device,
+    experiment_parser,
+    positive_int,
+    report_console,
+    run_facts,
+    write_json,
+)
+from experiments.overhead_report import Overhead, overhead_table, paired_ratio
+from experiments.overhead_training import LEARNING_RATE, Training, token_trainings
+from experiments.provenance import provenance
+from experiments.token_transformer import TokenTransformerConfig
+
+DEFAULT_OUT = Path("runs/distributed-overhead")
+UNTIMED_STEPS = 11  # one of every kind: steps 0 and 10 are special
+BARE, SECOND, PROBED = "bare", "bare, a second copy", "probes, attention every 10th step"
+
+PRESETS = {
+    "160m-tokens": TokenTransformerConfig(max_tokens=8192, embed_dim=1024, num_layers=12, num_heads=16),
+    "tiny": TokenTransformerConfig(vocabulary=16, max_tokens=8, embed_dim=8, num_layers=2),
+}
+
+
+def wrap_ddp(model: nn.Module, device: str) -> nn.Module:
+    """The model on every rank, gradients averaged."""
+    return DistributedDataParallel(
+        model, device_ids=[torch.cuda.current_device()] if device == "cuda" else None
+    )
+
+
+def wrap_fsdp(model: nn.Module, device: str) -> nn.Module:
+    """The model divided between the ranks, block by block."""
+    for block in model.get_submodule("blocks").children():
+        fully_shard(block)
+    fully_shard(model)
+    return model
+
+
+WRAPPINGS: dict[str, Callable[[nn.Module, str], nn.Module]] = {"ddp": wrap_ddp, "fsdp2": wrap_fsdp}
+
+
+def distributed_trainings(wrapping: str, preset: str, device: str) -> Callable[[], Training]:
+    """Trainings of this rank: one sequence of the longest length a step, another one than the other ranks.
+
+    Args:
+        wrapping: A key of `WRAPPINGS`.
+        preset: A key of `PRESETS`.
+        device: "cpu" or "cuda".
+
+    Returns:
+        A function that makes equal trainings.
+    """
+    make_training = token_trainings(device, PRESETS[preset], batch_size=1)
+
+    def make() -> Training:
+        training = make_training()
+        model = WRAPPINGS[wrapping](training.model, device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+        return Training(model, optimizer, training.loss_of, steps_done=dist.get_rank())
+
+    return make
+
+
+def time_turn(training: Training, steps: int, device: str, log_dir: Path | None) -> float:
+    """Seconds of the timed steps of one turn, on the slowest rank.
+
+    Args:
+        training: Whose turn it is.
+        steps: How many are timed.
+        device: "cpu" or "cuda".
+        log_dir: Where probes write; None: there are none.
+    """
+    if log_dir is None:
+        return _time_steps(training, steps, device, lambda loss: None)
+    with probes.attach(
+        training.model, training.optimizer, log_dir=log_dir, on_divergence="ignore", attention_every=10
+    ) as probe:
+        return _time_steps(training, steps, device, lambda loss: probe.log(loss=loss))
+
+
+def _time_steps(training: Training, steps: int, device: str, watch: Callable[[torch.Tensor], None]) -> float:
+    for _ in range(UNTIMED_STEPS):
+        training.step(watch)
+    _wait_for_all(device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        training.step(watch)
+    _wait_for_all(device)
+    seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64, device=device)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return seconds.item()
+
+
+def _wait_for_all(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+
+
+def measure(wrapping: str, options: argparse.Namespace, scratch: Path) -> dict[str, list[float]]:
+    """All rounds of one wrapping.
+
+    Args:
+        wrapping: A key of `WRAPPINGS`.
+        options: The command line.
+        scratch: Where probes write.
+
+    Returns:
+        Name → seconds per turn, round by round.
+    """
+    names = [BARE, SECOND, PROBED]
+    make_training = distributed_trainings(wrapping, options.preset, options.device)
+    trainings = {name: make_training() for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(options.rounds + 1):
+        first = number % len(names)
+        for name in [*names[first:], *names[:first]]:
+            log_dir = scratch / f"{wrapping}-{number}" if name == PROBED else None
+            taken = time_turn(trainings[name], options.steps_per_round, options.device, log_dir)
+            if number:  # in the first round, allocators and caches find their size
+                seconds[name].append(taken)
+    return seconds
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        The settings; argparse exits with status 2 on a bad one.
+    """
+    parser = experiment_parser("distributed_overhead", __doc__)
+    add = parser.add_argument
+    add(
+        "--preset",
+        choices=PRESETS,
+        default="160m-tokens",
+        help="160m-tokens: language model with 160M parameters, 8,192 tokens a rank; tiny is for tests",
+    )
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: NCCL and bfloat16; cpu: gloo")
+    add("--wrappings", nargs="+", choices=WRAPPINGS, default=list(WRAPPINGS), help="default both")
+    add("--rounds", type=positive_int, default=5, help="turns of each configuration (default 5)")
+    add("--steps-per-round", type=positive_int, default=40, help="timed steps of a turn (default 40)")
+    add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
+    options = parser.parse_args(arguments)
+    check_device(parser, options.device)
+    if "LOCAL_RANK" not in os.environ:
+        parser.error(
+            "start it with torchrun: torchrun --nproc-per-node 2 -m experiments.distributed_overhead"
+        )
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and report.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        Exit status 0.
+    """
+    options = parse_arguments(arguments)
+    started = time.time()
+    torch.set_num_threads(1)
+    if options.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            seconds = {name: measure(name, options, Path(scratch)) for name in options.wrappings}
+        if dist.get_rank() == 0:
+            _report(seconds, options, run_facts("distributed_overhead", arguments, started))
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+def _report(
+    seconds: dict[str, dict[str, list[float]]], options: argparse.Namespace, facts: dict[str, object]
+) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = report_console()
+    num_ranks = dist.get_world_size()
+    overheads = {
+        wrapping: [
+            Overhead(
+                name,
+                "ours" if name == PROBED else "bare",
+                1e3 * float(np.median(turns)) / options.steps_per_round,
+                *paired_ratio(np.array(turns), np.array(of_wrapping[BARE])),
+            )
+            for name, turns in of_wrapping.items()
+        ]
+        for wrapping, of_wrapping in seconds.items()
+    }
+    for wrapping, measured in overheads.items():
+        title = f"Cost of watching: {wrapping}, {options.preset}, {num_ranks} ranks, {options.device}"
+        note = f"{options.rounds} rounds of {options.steps_per_round} steps."
+        console.print(overhead_table(measured, title, note))
+    path = options.out / "distributed_overhead.json"
+    content = {
+        "schema_version": 1,
+        **facts,
+        "ranks": num_ranks,
+        "rounds": options.rounds,
+        "steps_per_round": options.steps_per_round,
+        "overheads": {name: [asdict(o) for o in measured] for name, measured in overheads.items()},
+        "seconds_per_turn": seconds,
+        **provenance(options.device),
+    }
+    write_json(path, content)
+    console.print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

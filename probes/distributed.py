@@ -1,0 +1,231 @@
+"""The processes that train one model together: who they are, and what they agree on."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from probes.collective import GlobalTransfer, Lane, LocalTransfer
+from probes.layout import Layout, agree
+from probes.pending import Pending
+from probes.record import Series
+from probes.schedule import Schedule, is_due
+from probes.sharding import Sharding, tensor_parallel_ranks, tensor_shards
+from stability.divergence import ALL_LAYERS, Alert
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class _Agreed(NamedTuple):
+    """What must be the same on every rank, and the ranks that see the same samples as one."""
+
+    settings: dict[str, object]
+    tensor_ranks: list[int]
+
+
+class Ranks:
+    """The ranks of a process group, seen from one of them.
+
+    All ranks take part in one collective at each step for which the schedule has something, whatever they
+    have measured, and read the same numbers from it. So they come to the same verdicts and act on them at the
+    same step.
+
+    Args:
+        group: The ranks.
+        schedule: When something is measured.
+        wrapper: What the script trains, a ``DistributedDataParallel`` maybe.
+
+    Attributes:
+        rank: This process, as ``torch.distributed.get_rank`` gives it.
+        is_first: Whether it is the one that writes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, schedule: Schedule, wrapper: nn.Module) -> None:
+        self.rank = dist.get_rank()
+        self.is_first = group.rank() == 0
+        self._schedule = astuple(schedule)
+        self._group = group
+        self._lane = Lane(group, _device(group))
+        self._ranks = dist.get_process_group_ranks(group)
+        self._wrapper = wrapper
+        self._layouts: dict[tuple[object, ...], Layout] = {}
+        self._num_transfers = 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether the ranks' numbers of a step are joined."""
+        return any(is_due(step, every) for every in self._schedule)
+
+    def start(self, step: int, pending: Pending, *, is_rest: bool) -> GlobalTransfer:
+        """Sends a step's numbers to every rank. All ranks call it, in the same order.
+
+        Args:
+            step: A step that is due.
+            pending: What this rank has measured.
+            is_rest: Whether the step has sent numbers before.
+
+        Raises:
+            RuntimeError: Under ``with model.join()``, where some ranks have no more steps while others go on.
+        """
+        join_config = getattr(self._wrapper, "_join_config", None)
+        if join_config is not None and join_config.enable:
+            raise RuntimeError(
+                "probes join the ranks' numbers at each recorded step, which a rank without batches "
+                "under `with model.join()` does not reach. Give every rank equally many batches "
+                "(DistributedSampler does), or train without the probe."
+            )
+        kind = (is_rest, *(is_due(step, every) for every in self._schedule))
+        layout = self._layouts.get(kind)
+        if layout is None or layout.expires <= self._num_transfers:
+            layout = self._layouts[kind] = agree(pending, self._lane.device, self._group)
+        transfer = GlobalTransfer(step, self._num_transfers, pending, layout, self._lane)
+        self._num_transfers += 1
+        return transfer
+
+    def start_alone(self, step: int, pending: Pending | None) -> LocalTransfer | None:
+        """The copy of numbers that only this rank has; None where nobody writes them."""
+        return LocalTransfer(step, pending, self.rank) if pending and self.is_first else None
+
+    def blame(self, alert: Alert, first_broken: Mapping[Series, int]) -> Alert:
+        """The alert with the rank where a value was not finite first, if numbers of ranks tell it."""
+        if alert.kind != "non-finite":
+            return alert
+        # Parameters' gradients were summed over the ranks before they were seen; these are each rank's own.
+        own = {
+            (series.layer, series.quantity): self._ranks[index]
+            for series, index in first_broken.items()
+            if series.quantity.startswith(("activation", "attention/"))
+            or series.layer == ALL_LAYERS  # the loss, and the gradient that a RankWitness sees
+        }
+        if not own:
+            return alert
+        rank = own.get((alert.layer, alert.quantity), min(own.values()))
+        return replace(alert, reason=f"{alert.reason.removesuffix('.')} (first on rank {rank}).", rank=rank)
+
+
+def join_ranks(
+    wrapper: nn.Module,
+    names: dict[nn.Module, str],
+    process_group: dist.ProcessGroup | None,
+    schedule: Schedule,
+    settings: Mapping[str, object],
+) -> tuple[Ranks | None, Sharding]:
+    """Finds out who trains the model together; every rank calls it.
+
+    Args:
+        wrapper: The model, as the script trains it.
+        names: Name of every module of what is :func:`unwrapped` of it.
+        process_group: The ranks; None: all there are.
+        schedule: When something is measured.
+        settings: What has to be the same on every rank, beside model and schedule.
+
+    Returns:
+        The ranks, None if this one trains alone; and which part of everything it holds.
+
+    Raises:
+        ValueError: If ranks differ in what must be the same, or split the model in a way that is not covered.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        if process_group is not None:
+            raise ValueError(
+                "`process_group` was given, but torch.distributed is not initialized; call "
+                "torch.distributed.init_process_group first, or leave it out."
+            )
+        return None, Sharding()
+    model = unwrapped(wrapper)
+    group = process_group or dist.group.WORLD
+    assert group is not None  # initialized
+    if group.rank() < 0:
+        raise ValueError("`process_group` must contain this process; give each process a group of its own.")
+    _check_sharding(model, group.size(), bool(schedule.layer_jacobians))
+    rank = dist.get_rank()
+    tensor_ranks = tensor_parallel_ranks(model, rank)
+    if group.size() == 1:
+        return None, Sharding(tensor_ranks=tensor_ranks, rank=rank, has_dtensors=True)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    mine = _Agreed({**settings, "schedule": schedule, "parameters": shapes}, tensor_ranks)
+    everyone: list[_Agreed] = [mine] * group.size()
+    dist.all_gather_object(everyone, mine, group)
+    _check_same(everyone, dist.get_process_group_ranks(group))
+    data_groups = sorted({tuple(agreed.tensor_ranks) for agreed in everyone})
+    if len(data_groups) * len(tensor_ranks) != group.size():
+        raise ValueError(
+            f"`process_group` must hold whole tensor-parallel groups; its {group.size()} ranks are divided "
+            f"into {data_groups}."
+        )
+    shards = tensor_shards(model) if len(tensor_ranks) > 1 else {}
+    sharding = Sharding(
+        num_ranks=group.size(),
+        tensor_ranks=tensor_ranks,
+        rank=rank,
+        data_rank=data_groups.index(tuple(tensor_ranks)),
+        split_layers=[n for m, n in names.items() if any(p in shards for p in m.parameters())],
+        # A weight that is split along its inputs takes a part of each (RowwiseParallel).
+        split_inputs=[
+            n for m, n in names.items() for p in m.parameters(recurse=False) if max(shards.get(p, [0]))
+        ],
+        has_dtensors=True,
+    )
+    return Ranks(group, schedule, wrapper), sharding
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module in a ``DistributedDataParallel``, whose layers keep their names; anything else as it is."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        inner: nn.Module = model.module
+        return inner
+    return model
+
+
+def _check_same(everyone: list[_Agreed], ranks: list[int]) -> None:
+    first = everyone[0].settings
+    for rank, agreed in zip(ranks, everyone, strict=True):
+        for name, value in agreed.settings.items():
+            if first[name] == value:
+                continue
+            if name == "parameters":
+                raise ValueError(
+                    f"ranks {ranks[0]} and {rank} hold different models. Stages of a pipeline are not "
+                    "covered together: give `process_group` the ranks that hold the same stage."
+                )
+            raise ValueError(
+                f"`{name}` must be the same on every rank; rank {ranks[0]} has {first[name]!r} and rank "
+                f"{rank} {value!r}."
+            )
+
+
+def _check_sharding(model: nn.Module, num_ranks: int, has_jacobians: bool) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "`model` uses FullyShardedDataParallel (FSDP1), whose flat parameters belong to no layer; use "
+            "torch.distributed.fsdp.fully_shard, its successor."
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            if num_ranks % parameter.device_mesh.size():
+                raise ValueError(
+                    f"`process_group` must hold every rank of the mesh of {name}: it has {num_ranks} ranks, "
+                    f"the mesh {parameter.device_mesh.size()}."
+                )
+            if has_jacobians:
+                raise ValueError(
+                    "`layer_jacobian_every` runs a layer again, which needs its whole parameters; those of "
+                    f"`model` are sharded ({name}). Leave it out."
+                )
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    """Where the group can gather: NCCL on the process's GPU, gloo on the CPU."""
+    backends = str(dist.get_backend_config(group))
+    if "nccl" in backends:
+        return torch.device("cuda", torch.cuda.current_device())
+    if "gloo" in backends:
+        return torch.device("cpu")
+    raise ValueError(f"the process group must use nccl or gloo; it uses {backends}.")

@@ -1,0 +1,73 @@
+"""A step's scalars on their way to the host: packed, and moved in one asynchronous copy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from probes.joining import join
+from probes.pending import Pending
+from probes.record import StepRecords
+
+
+class Transfer:
+    """One asynchronous copy per device that holds any of a step's scalars.
+
+    Args:
+        step: The step.
+        pending: Its scalars.
+    """
+
+    def __init__(self, step: int, pending: Pending) -> None:
+        self.step = step
+        self._pending = pending
+        # Packed dtype by dtype: converting scalar by scalar would launch one kernel for each.
+        by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for index, measurement in enumerate(pending.measurements):
+            tensor = measurement.tensor
+            by_kind.setdefault((tensor.device, tensor.dtype), []).append(index)
+        by_device: dict[torch.device, list[list[int]]] = {}
+        for (device, _), group in by_kind.items():
+            by_device.setdefault(device, []).append(group)
+        self._copies = []
+        for device, groups in by_device.items():
+            tensors = [[pending.measurements[index].tensor for index in group] for group in groups]
+            order = [index for group in groups for index in group]
+            self._copies.append((order, *_copy_to_host(device, tensors)))
+
+    def wait(self) -> StepRecords:
+        """The step's records. Waits for the copy if it has not arrived; one step later it has."""
+        parts = (
+            (names, numbers, factor, is_standard_error)
+            for (names, _, factor, is_standard_error, _), numbers in zip(
+                self._pending.measurements, self._numbers(), strict=True
+            )
+        )
+        numbers = [(series, value) for series, value, _ in self._pending.numbers]
+        return join(self.step, parts, numbers, self._pending.ratios)
+
+    def _numbers(self) -> list[list[float]]:
+        """The numbers of every measurement, in the order in which they were measured."""
+        numbers: list[list[float]] = [[]] * len(self._pending.measurements)
+        for order, host, arrived in self._copies:
+            if arrived is not None:
+                arrived.synchronize()
+            everything, start = host.tolist(), 0
+            for index in order:
+                end = start + len(self._pending.measurements[index].series)
+                numbers[index] = everything[start:end]
+                start = end
+        return numbers
+
+
+def _copy_to_host(device: torch.device, groups: list[list[Tensor]]) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The step's one copy from a device to the host, and the event that marks its arrival."""
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    packed = torch.cat([torch.cat([t.detach().view(-1) for t in group]).to(wide) for group in groups])
+    if device.type != "cuda":
+        return packed.to("cpu"), None
+    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    host.copy_(packed, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(device))
+    return host, arrived
