@@ -113,7 +113,13 @@ def _kept_records(arrays: Arrays) -> Arrays:
         )
     ]
     is_kept = np.isin(arrays["series"], kept)
-    return {**arrays, **{column: arrays[column][is_kept] for column in ("step", "series", "value")}}
+    return {
+        **arrays,
+        "step": arrays["step"][is_kept],
+        "series": np.searchsorted(kept, arrays["series"][is_kept]).astype(np.uint16),
+        "value": arrays["value"][is_kept],
+        "names": np.array(json.dumps([list(names[i]) for i in kept])),
+    }
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
