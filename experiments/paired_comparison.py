@@ -198,10 +198,11 @@ def claim_sentence(
             answer = "reached"
         elif most <= size:
             answer = "excluded"
-        found = (
-            f"sigmoid {total.relative:+.1%} against softmax (95 % interval over {total.datasets} data sets "
-            f"{total.low:+.1%} to {total.high:+.1%}), so that the claim of {claim} is {answer}"
-        )
+        interval = f"95 % interval over {total.datasets} data sets {total.low:+.1%} to {total.high:+.1%}"
+        if np.isnan(total.low):
+            interval = "a single data set, which decides nothing"
+        found = f"sigmoid {total.relative:+.1%} against softmax ({interval}), "
+        found += f"so that the claim of {claim} is {answer}"
     higher, lower, undecided = (_names(comparisons, verdict) for verdict in ("higher", "lower", "undecided"))
     return f"{subject}: {found}; higher in {higher}, lower in {lower}, undecided in {undecided} (Holm, 5 %)."
 

@@ -109,14 +109,23 @@ class Queue:
     Args:
         plan: Which runs there are.
         options: The command line's.
+        began: When the call began, in seconds since the epoch.
         num_slots: How many runs are trained side by side.
         num_gpus: Over how many devices they are spread; 0 without.
     """
 
-    def __init__(self, plan: Plan, options: argparse.Namespace, *, num_slots: int, num_gpus: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        options: argparse.Namespace,
+        *,
+        began: float,
+        num_slots: int,
+        num_gpus: int,
+    ) -> None:
         self.plan, self.options = plan, options
         self.num_slots, self.num_gpus = num_slots, num_gpus
-        self.began = time.time()
+        self.began = began
         self.ends = self.began + 60 * options.minutes
         self.running: list[Running] = []
         self.failed: list[str] = []
@@ -249,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 if a run failed, 2 for input that cannot be used.
     """
     options = parse_arguments(arguments)
+    began = time.time()
     try:
         options.work.mkdir(parents=True, exist_ok=True)
         options.out.mkdir(parents=True, exist_ok=True)
@@ -260,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     num_gpus = torch.cuda.device_count() if options.device == "cuda" else 0
     plan = Plan(options.preset, list(options.prepared), options.seeds)
-    queue = Queue(plan, options, num_slots=options.side_by_side * max(1, num_gpus), num_gpus=num_gpus)
+    num_slots = options.side_by_side * max(1, num_gpus)
+    queue = Queue(plan, options, began=began, num_slots=num_slots, num_gpus=num_gpus)
     queue.work()
     finished = [config for config in plan.known(options.work) if _is_finished(config, options.work)]
     print(f"{len(finished)} of {plan.size} runs are finished; archives in {options.out}.")

@@ -191,7 +191,8 @@ def markdown(
                 [
                     f"{each.dataset} (control)" if each.dataset in controls else each.dataset,
                     f"{each.softmax:.4f}", f"{each.sigmoid:.4f}", f"{each.difference:+.4f}",
-                    f"{each.low:+.4f} to {each.high:+.4f}", f"{each.p:.2g}", each.verdict, str(each.pairs),
+                    _interval(each), "–" if np.isnan(each.p) else f"{each.p:.2g}",
+                    each.verdict, str(each.pairs),
                 ]
                 for each in comparisons[metric]
             ),
@@ -290,6 +291,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(page)
     print(f"{len(runs)} runs. Written: {options.out}")
     return 0
+
+
+def _interval(comparison: Comparison) -> str:
+    if np.isnan(comparison.low):
+        return "– (one seed)"
+    return f"{comparison.low:+.4f} to {comparison.high:+.4f}"
 
 
 def _metric_rows(judged: Sequence[Judged]) -> Iterable[list[str]]:

@@ -92,6 +92,7 @@ def test_a_claim_names_data_sets_and_never_decides_on_one():
         direction="higher",
     )
     assert sentence.startswith("Metric: sigmoid +50.0% against softmax")
+    assert "a single data set, which decides nothing" in sentence
     assert "neither reached nor excluded; higher in 1 (gut), lower in none, undecided in none" in sentence
 
 

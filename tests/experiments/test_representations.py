@@ -147,7 +147,9 @@ def test_the_queue_end_to_end(prepared, tmp_path, capsys):
     assert main(flags(prepared, tmp_path, "--seeds", "1", "--side-by-side", "2")) == 0
     assert "6 of 6 runs are finished" in capsys.readouterr().out
     (archive,) = (tmp_path / "out").glob("*.zip")
-    assert len(zipfile.ZipFile(archive).namelist()) == 7  # with the baseline
+    names = zipfile.ZipFile(archive).namelist()
+    assert f"{NAME}-pca.npz" in names
+    assert len(names) == 7
     assert main(flags(prepared, tmp_path, "--seeds", "1")) == 0
     assert report([str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
 
