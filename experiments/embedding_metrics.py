@@ -102,7 +102,11 @@ def purity(embeddings: NDArray[np.float64], types: NDArray[np.str_]) -> float:
 
 
 def connectivity(embeddings: NDArray[np.float64], types: NDArray[np.str_]) -> float:
-    """Largest connected part of each type in the graph of nearest neighbours, as a share; mean over types."""
+    """Largest connected part of each type in the graph of nearest neighbours, as a share; mean over types.
+
+    Connected both ways, as in scib-metrics: edges lead from a cell to its neighbours. Without direction, as
+    in scIB, almost every type is connected and the metric says little.
+    """
     _, neighbours = _nearest(embeddings, NEIGHBOURS)
     count = neighbours.shape[1]
     rows = np.repeat(np.arange(len(types)), count)
@@ -110,7 +114,7 @@ def connectivity(embeddings: NDArray[np.float64], types: NDArray[np.str_]) -> fl
     shares = []
     for name in np.unique(types):
         cells = np.flatnonzero(types == name)
-        _, part = connected_components(graph[cells][:, cells], directed=False)
+        _, part = connected_components(graph[cells][:, cells], connection="strong")
         shares.append(np.bincount(part).max() / len(cells))
     return float(np.mean(shares))
 

@@ -170,14 +170,8 @@ class Queue:
         command: list[Any] = [sys.executable, "-m", "experiments.representation_run"]
         command += ["--dataset", config.dataset, "--mechanism", config.mechanism]
         command += ["--rate", config.learning_rate, "--preset", options.preset, "--device", options.device]
-        command += [
-            "--prepared",
-            options.prepared[config.dataset],
-            "--work",
-            options.work,
-            "--threads",
-            options.threads,
-        ]
+        command += ["--prepared", options.prepared[config.dataset], "--work", options.work]
+        command += ["--threads", options.threads]
         command += ["--minutes", f"{(self.ends - time.time()) / 60:.3f}"]
         if config.purpose == "final":
             command += ["--seed", config.seed]

@@ -5,7 +5,7 @@ the turn. All share weights and optimizer, in one process. Told are median times
 contender round by round with a 95 % bootstrap interval, and what Amdahl's law predicts from the times of
 attention alone.
 
-    PYTHONPATH=. python -m experiments.training_speed --device cuda --out results     # one H100, five minutes
+    PYTHONPATH=. python -m experiments.training_speed --device cuda --out results     # one H100, six minutes
     PYTHONPATH=. python -m experiments.training_speed --device cuda --cases "eager*8192*" --rounds 15
     python -m experiments.training_speed --preset tiny --out runs/speed               # that it runs
 

@@ -112,9 +112,10 @@ def test_the_exit_status_tells_that_ours_failed(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_compiled_contenders_of_one_function_keep_their_own_code(monkeypatch):
+@pytest.mark.parametrize("case", [CASE, PADDED])
+def test_compiled_contenders_of_one_function_keep_their_own_code(case, monkeypatch):
     """Alike for dynamo's guards but for the compiler: each is compiled once, and for all blocks."""
-    ours, softmax = speed_contenders(CASE, "cpu")
+    ours, softmax = speed_contenders(case, "cpu")
     twin = Contender("twin", "softmax", softmax.attend)
     compiled = []
 
@@ -128,7 +129,7 @@ def test_compiled_contenders_of_one_function_keep_their_own_code(monkeypatch):
         weights = []
         for mode in ("eager", "compiled"):
             name = contender.name
-            training = SharedTraining(CASE, 2, "cpu")
+            training = SharedTraining(case, 2, "cpu")
             step = training.step_of(contender, mode, "inductor")
             step()
             step()
@@ -138,12 +139,14 @@ def test_compiled_contenders_of_one_function_keep_their_own_code(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_every_contender_trains_on_a_gpu():
-    for padding in (0.0, 0.5):
-        case = Case(2, 2, 256, 64, padding=padding)
-        speeds, failed = measure_case("eager", case, 1, "cuda", rounds=1, steps=1)
-        assert not failed
-        assert len(speeds) == len(speed_contenders(case, "cuda")) == 6
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("padding", [0.0, 0.5])
+def test_every_contender_trains_on_a_gpu(mode, padding):
+    case = Case(2, 2, 256, 64, padding=padding)
+    torch._dynamo.reset()
+    speeds, failed = measure_case(mode, case, 1, "cuda", rounds=1, steps=1)
+    assert not failed
+    assert len(speeds) == len(speed_contenders(case, "cuda")) == 6
 
 
 def test_the_plan_has_every_case():
