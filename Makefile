@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.stability-probes-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install stress-test verify-bounds tensorboard docs test test-all lint
+.PHONY: help install stress-test representations verify-bounds tensorboard docs test test-all lint
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -19,6 +19,9 @@ install: $(INSTALLED) ## build the virtual environment
 
 stress-test: $(INSTALLED) ## train softmax and sigmoid attention until one explodes
 	$(BIN)/python -m experiments.stress_test $(ARGS)
+
+representations: $(INSTALLED) ## train softmax and sigmoid attention on labelled cells
+	$(BIN)/python -m experiments.representations $(ARGS)
 
 verify-bounds: $(INSTALLED) ## check the attention derivative bounds over every finite value
 	$(BIN)/python -m experiments.verify_bounds $(ARGS)

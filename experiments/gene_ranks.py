@@ -87,12 +87,24 @@ class RankTransformer(CellEncoder):
         Returns:
             [k, num_genes] logits.
         """
+        masked = self.states(tokens, lengths).flatten(0, 1).index_select(0, hidden)
+        return nn.functional.linear(masked, self.gene_embedding.weight[:-1], self.head_bias)
+
+    def states(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+        """What the last block knows of every token.
+
+        Args:
+            tokens: See `RankBatch`.
+            lengths: See `RankBatch`.
+
+        Returns:
+            [B, n, embed_dim], normalised; that of padding means nothing.
+        """
         rank = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.gene_embedding(tokens)
         x = x + self.rank_group_embedding(rank // RANKS_PER_GROUP)
         x = x + self.rank_place_embedding(rank % RANKS_PER_GROUP)
-        masked = self.encode(x, lengths).flatten(0, 1).index_select(0, hidden)
-        return nn.functional.linear(masked, self.gene_embedding.weight[:-1], self.head_bias)
+        return self.encode(x, lengths)
 
 
 @dataclass(frozen=True)
@@ -165,14 +177,14 @@ class RankTask:
         """The batch of a training step, on the CPU."""
         generator = np.random.default_rng([self.seed, step])
         chosen = generator.integers(len(self.train.genes), size=self.batch_size)
-        return _mask(self.train, chosen, self.num_genes, generator)
+        return mask_genes(self.train, chosen, self.num_genes, generator)
 
     def validation_batches(self, batch_size: int) -> list[RankBatch]:
         """Every validation cell once, masked alike each time and for every seed."""
         generator = np.random.default_rng(0)
         count = len(self.validation.genes)
         return [
-            _mask(
+            mask_genes(
                 self.validation,
                 np.arange(start, min(start + batch_size, count)),
                 self.num_genes,
@@ -231,9 +243,20 @@ def rank_genes(cells: Cells, medians: NDArray[np.float64], tokens: int) -> Ranke
     return RankedCells(genes, lengths)
 
 
-def _mask(
+def mask_genes(
     cells: RankedCells, chosen: NDArray[np.int64], mask_token: int, generator: np.random.Generator
 ) -> RankBatch:
+    """A batch in which some genes of each list are hidden.
+
+    Args:
+        cells: The lists.
+        chosen: [B], which of them.
+        mask_token: What stands in place of a hidden gene.
+        generator: Decides which are hidden.
+
+    Returns:
+        The batch, on the CPU.
+    """
     lengths = cells.lengths[chosen]
     longest = int(lengths.max())
     tokens = torch.from_numpy(cells.genes[chosen, :longest].astype(np.int64))
