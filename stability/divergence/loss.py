@@ -58,8 +58,8 @@ class LossDetector:
         ValueError: If a number is out of range.
 
     Source:
-        Cumulative sums: Page, Biometrika 41 (1954). Spikes of loss and gradient norm by their standard
-        deviations: OLMo 2, 2501.00656.
+        Cumulative sums: Page, Biometrika 41 (1954). Loss and gradient norm of a step by the standard
+        deviations of the last 128: OLMo-core's SkipStepOptimizer, which skips at 6.
 
     Example:
         >>> detector = LossDetector()
