@@ -110,8 +110,9 @@ def rows(result: Result) -> list[tuple[str, ...]]:
 def false_alarm_line(result: Result) -> str:
     """How often the tool cried wolf, in one line."""
     clean = rate(result.num_false_alarms, result.num_clean_steps)
+    alarms = "1 false alarm" if result.num_false_alarms == 1 else f"{result.num_false_alarms} false alarms"
     return (
-        f"{result.num_false_alarms} false alarms in {result.num_clean_steps:,} clean steps: "
+        f"{alarms} in {result.num_clean_steps:,} clean steps: "
         f"{clean.value:.2f} ({clean.low:.2f} to {clean.high:.2f}) per 10,000; "
         f"{result.num_early_alarms} in the {result.num_early_steps:,} steps before faults."
     )

@@ -22,19 +22,22 @@ class GradientExplosionDetector:
     divergence. Values enter the history cut off at the threshold, so a spike does not move it and a new level
     becomes the ordinary one after half a window. The layer is named that left its range first (half of the
     way, on the logarithmic scale), of several the one nearest to the loss, since gradients grow on their way
-    back from there. One alert per severity and episode; an episode ends when every layer is back in its
+    back from there. Before there is a history, the norm of the whole model is compared with its first one in
+    the same ratios; single layers are not, since those behind an output that starts at zero begin with no
+    gradient at all. One alert per severity and episode; an episode ends when every layer is back in its
     range.
 
     Args:
         quantity: "grad_norm", or "activation_grad_norm", which also grows where the script clips gradients.
         warning_ratio: Norm over median that is worth a warning. Spikes of 10 × are ordinary in training
-            without clipping (docs/results/); clean runs reach 93 × (docs/detectors.md).
+            without clipping (docs/results/); clean runs reach 93 ×, and 7 × the first norm of the whole model
+            (docs/detectors.md).
         divergence_ratio: Norm over median that counts as an explosion: the four orders of magnitude of
             arXiv 2604.27124.
         num_spreads: Robust standard deviations from the median, as for loss and gradient spikes in OLMo-core;
             it matters for noisy or steadily growing norms, whose spread is wide.
         window: Values that the median covers.
-        min_history: Values before the first verdict; the first steps' transient has no reference.
+        min_history: Values before a layer is judged; the first steps' transient has no reference.
 
     Raises:
         ValueError: If the ratios are not 1 < warning ≤ divergence, ``num_spreads`` is negative, or the
@@ -78,6 +81,7 @@ class GradientExplosionDetector:
         self._min_history = min_history
         self._tracks: dict[str, Track] = {}
         self._reported = 0  # severities already reported in this episode
+        self._first = 0.0  # norm of the whole model
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
@@ -102,8 +106,10 @@ class GradientExplosionDetector:
             track.add(step, norm, excess / threshold)
             if excess >= threshold:
                 level = max(level, 2 if excess >= self._divergence else 1)
-        if not judged or level <= self._reported:
-            if judged and all(self._tracks[layer].onset is None for layer in judged):
+        if not judged:
+            return self._first_alerts(step, readings)
+        if level <= self._reported:
+            if all(self._tracks[layer].onset is None for layer in judged):
                 self._reported = 0
             return []
         self._reported = level
@@ -111,12 +117,40 @@ class GradientExplosionDetector:
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
-        return {"tracks": states(self._tracks), "reported": self._reported}
+        return {"tracks": states(self._tracks), "reported": self._reported, "first": self._first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
         self._tracks = from_states(self._window, state["tracks"])
         self._reported = state["reported"]
+        self._first = state["first"]
+
+    def _first_alerts(self, step: int, readings: Readings) -> list[Alert]:
+        norm = readings.get(self._quantity, {}).get(ALL_LAYERS, math.nan)
+        if not 0 < norm < math.inf:
+            return []
+        self._first = self._first or norm
+        ratio = norm / self._first
+        level = (math.log(ratio) >= self._warning) + (math.log(ratio) >= self._divergence)
+        if level <= self._reported:
+            return []
+        self._reported = level
+        return [
+            Alert(
+                step,
+                ALL_LAYERS,
+                self._quantity,
+                _SEVERITIES[level - 1],
+                norm,
+                self._first,
+                f"{_WHAT[self._quantity]} of the whole model {norm:.3g} is {ratio:.3g} × the first one, "
+                f"{self._first:.3g}.",
+                kind="gradient-explosion",
+                onset_step=step,
+                evidence=((step, norm),),
+                remedies=REMEDIES["gradient-explosion"],
+            )
+        ]
 
     def _alert(self, step: int, layers: list[str], severity: Severity) -> Alert:
         layer, spread = origin(self._tracks, layers, ties="last")

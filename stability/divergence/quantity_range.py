@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings
@@ -74,7 +75,7 @@ class QuantityRangeDetector:
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
-        judged: list[str] = []
+        medians: dict[str, float] = {}  # of the layers that are judged, before this value
         for layer, value in readings.get(self._quantity, {}).items():
             if layer == ALL_LAYERS or not 0 <= value < math.inf:
                 continue
@@ -84,19 +85,18 @@ class QuantityRangeDetector:
             height = self._sign * math.log(max(value, _TINY))
             score = 0.0
             if len(track.range) >= self._min_history:
-                judged.append(layer)
-                median = track.range.median()
+                median = medians[layer] = track.range.median()
                 nearness = (max(value, _TINY) / self._limit) ** self._sign  # 1 at the limit, from either side
                 score = min((height - median) / self._ratio, nearness)
                 height = min(height, median + self._ratio)
             track.range.append(height)
             track.add(step, value, score)
-        if not judged:
+        if not medians:
             return []
-        begins = not self._is_reported and any(self._tracks[layer].score >= 1 for layer in judged)
+        begins = not self._is_reported and any(self._tracks[layer].score >= 1 for layer in medians)
         self._is_reported |= begins
-        self._is_reported &= any(self._tracks[layer].onset is not None for layer in judged)
-        return [self._alert(step, judged)] if begins else []
+        self._is_reported &= any(self._tracks[layer].onset is not None for layer in medians)
+        return [self._alert(step, medians)] if begins else []
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
@@ -107,12 +107,12 @@ class QuantityRangeDetector:
         self._tracks = from_states(self._window, state["tracks"])
         self._is_reported = state["is_reported"]
 
-    def _alert(self, step: int, layers: list[str]) -> Alert:
+    def _alert(self, step: int, medians: Mapping[str, float]) -> Alert:
         # Many layers move half of the way while they learn: only those that are out are candidates.
-        out = [layer for layer in layers if self._tracks[layer].score >= 1]
+        out = [layer for layer in medians if self._tracks[layer].score >= 1]
         layer, spread = origin(self._tracks, out, ties="first")
         track = self._tracks[layer]
-        value, reference = track.recent[-1][1], math.exp(self._sign * track.range.median())
+        value, reference = track.recent[-1][1], math.exp(self._sign * medians[layer])
         return Alert(
             step,
             layer,

@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import math
-from statistics import median
+from statistics import median_low
 from typing import Any
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings
 from stability.divergence.remedies import REMEDIES
+from stability.divergence.running_range import RunningRange
 from stability.divergence.track import Track, from_states, origin, states
 
 _SHORTEST_HABIT = 5
+_TINY = 1e-12
 
 
 class WeightJumpDetector:
     """Alerts when a layer's weight norm changes in a step far beyond its own and the other layers' habit.
 
-    Of each layer, d is the size of log w(t) − log w(t−1). Its excess e is log d over the median of its
-    last ``window`` changes, or over that and the median excess of all layers: what all layers do at once is
-    the learning rate's doing, not theirs. A layer has jumped when its surprise d eᵉ, the change times how
-    unusual it is, reaches ``surprise``, d reaches ``min_change`` and eᵉ ``ratio``. What all layers do is an
-    alert of its own, for the whole model: the median of log d over the layers reaches log ``common_ratio``
-    over the largest it has been, so that warm-up and restarts, which come back to rates seen before, are
-    silent; value and reference of that alert are these changes.
+    Of each layer, δ is log w(t) − log w(t−1). Its habit is the half width of the middle 90 % of its last
+    ``window`` changes, or the size of their median if that is larger. Its excess u is |δ − median| over the
+    habit, or over that and the excess of most layers: what all layers do at once is the learning rate's
+    doing, not theirs. A layer has jumped when |δ| reaches ``min_change`` and u ``ratio``, and either its
+    surprise |δ| u² reaches ``surprise`` or u alone ``max_ratio``: how unusual a change is tells a fault from
+    a training in motion better than how large it is.
+
+    What most layers do is an alert of its own, for the whole model: the lower median of |δ| over the layers
+    reaches ``common_ratio`` times the largest it has been, so that warm-up and restarts, which come back to
+    rates seen before, are silent; value and reference of that alert are these changes.
 
     Args:
-        surprise: Change times change over habit. Calibrated: clean runs stay under 0.14, query and key
-            weights that grow by 8 % a step reach 0.6 at once (docs/detectors.md).
+        surprise: Change times excess squared. Calibrated: clean runs reach 0.8, query and key weights that
+            grow by 5 % a step 0.9 to 3 at once (docs/detectors.md).
         min_change: Least change worth a word; at the end of a training habits are smaller by orders of
             magnitude.
-        ratio: Least change over habit. Calibrated with ``surprise``.
+        ratio: Least excess. Calibrated with ``surprise``.
+        max_ratio: Excess that needs no surprise, of a layer alone. Calibrated: clean runs reach 8.5, where a
+            layer's second moment was scaled by 10⁻³ or less 14 to hundreds.
         common_ratio: The same for the median change of all layers over its largest so far.
         window: Changes that the habit covers.
-        min_history: Changes that make a habit. Of n fewer ones (five at least) (min_history / n)³ times the
-            surprise is asked: in a warm-up every step is larger than the one before.
+        min_history: Changes that make a habit. Of n fewer ones (five at least) (min_history / n)² times the
+            excess is asked: in a warm-up every step is larger than the one before.
         min_layers: Layers that can speak for the whole model.
 
     Raises:
@@ -53,9 +60,10 @@ class WeightJumpDetector:
     def __init__(
         self,
         *,
-        surprise: float = 0.25,
-        min_change: float = 0.005,
+        surprise: float = 1.1,
+        min_change: float = 2e-4,
         ratio: float = 3.0,
+        max_ratio: float = 12.0,
         common_ratio: float = 4.0,
         window: int = 64,
         min_history: int = 40,
@@ -63,21 +71,25 @@ class WeightJumpDetector:
     ) -> None:
         if min(surprise, min_change) <= 0:
             raise ValueError(f"surprise and min_change must be positive; got {surprise} and {min_change}.")
-        if not (ratio > 1 and common_ratio > 1):
-            raise ValueError(f"ratio and common_ratio must be above 1; got {ratio} and {common_ratio}.")
+        if not (1 < ratio <= max_ratio and common_ratio > 1):
+            raise ValueError(
+                "ratios must be above 1 and max_ratio at least ratio; "
+                f"got {ratio}, {max_ratio} and {common_ratio} (common)."
+            )
         if not 1 <= min_history <= window:
             raise ValueError(f"min_history must lie in [1, window={window}]; got {min_history}.")
         if min_layers < 2:
             raise ValueError(f"min_layers must be at least 2; got {min_layers}.")
         self._surprise = surprise
-        self._min_change = math.log(min_change)
-        self._ratio = math.log(ratio)
-        self._common_ratio = math.log(common_ratio)
+        self._min_change = min_change
+        self._ratio = ratio
+        self._max_ratio = max_ratio
+        self._common_ratio = common_ratio
         self._window = window
         self._min_history = min_history
         self._min_layers = min_layers
         self._tracks: dict[str, Track] = {}
-        self._largest_common = -math.inf
+        self._largest_common = 0.0
         self._num_common = 0  # steps that it is the largest of
         self._is_reported = False
         self._is_common_reported = False
@@ -86,34 +98,42 @@ class WeightJumpDetector:
         """See :class:`~stability.divergence.Detector`."""
         norms = {layer: w for layer, w in readings.get("weight_norm", {}).items() if 0 < w < math.inf}
         changes = self._changes(step, norms)
-        excesses = {
-            layer: change - self._tracks[layer].range.median()
-            for layer, change in changes.items()
-            if len(self._tracks[layer].range) >= _SHORTEST_HABIT
-        }
-        habit_of_all = median(excesses.values()) if len(excesses) >= self._min_layers else 0.0
+        excesses: dict[str, float] = {}
+        reach: dict[str, tuple[float, float]] = {}  # changes enter the history cut off there
+        for layer, change in changes.items():
+            past = self._tracks[layer].range
+            if len(past) >= _SHORTEST_HABIT:
+                middle, habit = past.median(), _habit(past)
+                excesses[layer] = abs(change - middle) / habit
+                reach[layer] = middle - self._ratio * habit, middle + self._ratio * habit
+        common = median_low(excesses.values()) if len(excesses) >= self._min_layers else 1.0
+        unusual = {layer: excess / max(1.0, common) for layer, excess in excesses.items()}
+        is_alone = sum(excess >= self._ratio for excess in unusual.values()) == 1
         for layer, norm in norms.items():
-            track, change = self._tracks[layer], changes.get(layer)
+            track = self._tracks[layer]
             score = 0.0
-            if layer in excesses:
-                excess = excesses[layer]
-                unusual = min(excess, excess - habit_of_all)
-                if unusual >= self._ratio and changes[layer] >= self._min_change:
-                    shortage = max(1.0, self._min_history / len(track.range))
-                    score = math.exp(changes[layer] + unusual) / (self._surprise * shortage**3)
-                change = changes[layer] - max(0.0, excess - self._ratio)
-            if change is not None:
+            if layer in changes:
+                change = changes[layer]
+                if layer in unusual:
+                    size = abs(change)
+                    excess = unusual[layer] / max(1.0, self._min_history / len(track.range)) ** 2
+                    if excess >= self._ratio and size >= self._min_change:
+                        score = size * excess**2 / self._surprise
+                        if is_alone:
+                            score = max(score, excess / self._max_ratio)
+                    low, high = reach[layer]
+                    change = min(max(change, low), high)
                 track.range.append(change)
             track.add(step, norm, score)
         if not excesses:
             return []
-        return self._common_alerts(step, changes) or self._single_alerts(step, changes, list(excesses))
+        return self._common_alerts(step, changes) or self._single_alerts(step, changes, unusual)
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
         return {
             "tracks": states(self._tracks),
-            "largest_common": self._largest_common if self._num_common else None,  # JSON has no infinity
+            "largest_common": self._largest_common,
             "num_common": self._num_common,
             "is_reported": self._is_reported,
             "is_common_reported": self._is_common_reported,
@@ -122,13 +142,13 @@ class WeightJumpDetector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
         self._tracks = from_states(self._window, state["tracks"])
-        self._largest_common = -math.inf if state["largest_common"] is None else state["largest_common"]
+        self._largest_common = state["largest_common"]
         self._num_common = state["num_common"]
         self._is_reported = state["is_reported"]
         self._is_common_reported = state["is_common_reported"]
 
     def _changes(self, step: int, norms: dict[str, float]) -> dict[str, float]:
-        """Logarithm of each layer's relative change a step; none where nothing was updated."""
+        """Each layer's change of its log norm in a step; none where nothing was updated."""
         changes: dict[str, float] = {}
         for layer, norm in norms.items():
             track = self._tracks.get(layer)
@@ -136,51 +156,55 @@ class WeightJumpDetector:
                 track = self._tracks[layer] = Track(self._window)
                 continue
             before, value = track.recent[-1]
-            change = abs(math.log(norm / value))
-            if step > before and change > 0:
-                changes[layer] = math.log(change / (step - before))
+            change = math.log(norm / value)
+            if step > before and change:
+                changes[layer] = change / (step - before)
         return changes
 
     def _common_alerts(self, step: int, changes: dict[str, float]) -> list[Alert]:
         if len(changes) < self._min_layers:
             return []
-        common, largest = median(changes.values()), self._largest_common
+        common, largest = median_low(map(abs, changes.values())), self._largest_common
         self._num_common += 1
-        if self._num_common <= self._min_history or common < largest + self._common_ratio:
+        if self._num_common <= self._min_history or common < largest * self._common_ratio:
             self._largest_common = max(common, largest)
             self._is_common_reported = False
             return []
         if self._is_common_reported:
             return []
         self._is_common_reported = True
-        change, reference = math.exp(common), math.exp(largest)
-        ratio = change / reference
         return [
             Alert(
                 step,
                 ALL_LAYERS,
                 "weight_norm",
                 "warning",
-                change,
-                reference,
-                f"the weights of all layers change by {100 * change:.2g} % in a step (median), {ratio:.3g} × "
-                "the most so far: look at the learning rate.",
+                common,
+                largest,
+                "the weights of more than half of the layers change by at least "
+                f"{100 * common:.2g} % in a step, {common / largest:.3g} × the most so far: "
+                "look at the learning rate.",
                 kind="weight-jump",
                 onset_step=step,
                 remedies=REMEDIES["weight-jump"],
             )
         ]
 
-    def _single_alerts(self, step: int, changes: dict[str, float], layers: list[str]) -> list[Alert]:
-        has_jumped = any(self._tracks[layer].score >= 1 for layer in layers)
-        begins, self._is_reported = has_jumped and not self._is_reported, has_jumped
+    def _single_alerts(self, step: int, changes: dict[str, float], unusual: dict[str, float]) -> list[Alert]:
+        out = [layer for layer in unusual if self._tracks[layer].score >= 1]
+        begins, self._is_reported = bool(out) and not self._is_reported, bool(out)
         if not begins:
             return []
-        out = [layer for layer in layers if self._tracks[layer].score >= 1]
         layer, spread = origin(self._tracks, out, ties="worst")
         track = self._tracks[layer]
-        change, habit = math.exp(changes[layer]), math.exp(track.range.median())
+        change, habit = abs(changes[layer]), _habit(track.range)
         before, norm = track.recent[-2][1], track.recent[-1][1]
+        restless = sum(excess >= self._ratio for name, excess in unusual.items() if name != layer)
+        others = len(unusual) - 1
+        if restless:
+            which = f"; {restless} of {others} other layers leave theirs at the same step"
+        else:
+            which = " and the other layers keep to theirs" if others else ""
         return [
             Alert(
                 step,
@@ -190,7 +214,7 @@ class WeightJumpDetector:
                 norm,
                 before,
                 f"weight norm went from {before:.3g} to {norm:.3g}: {100 * change:.2g} % in a step, where "
-                f"{100 * habit:.1g} % is its habit and the other layers keep to theirs.",
+                f"{100 * habit:.1g} % is its habit{which}.",
                 kind="weight-jump",
                 onset_step=track.onset,
                 evidence=tuple(track.recent),
@@ -198,3 +222,8 @@ class WeightJumpDetector:
                 remedies=REMEDIES["weight-jump"],
             )
         ]
+
+
+def _habit(changes: RunningRange) -> float:
+    """Half width of the middle 90 % of the changes, or the size of their median if that is larger."""
+    return max(changes.half_width(), abs(changes.median()), _TINY)

@@ -41,6 +41,21 @@ def test_an_explosion_warns_then_says_divergence() -> None:
     assert "% a step" in warning.reason
 
 
+def test_an_explosion_in_the_first_steps_is_told_of_the_whole_model() -> None:
+    norms = [{"(all)": norm, "a": norm, "b": 0.1} for norm in (50.0, 2e4, 1e5, 6e5, 1e5, *[2e5] * 40)]
+    warning, divergence = feed(GradientExplosionDetector(), norms)
+    assert (warning.step, warning.layer, warning.severity) == (1, "(all)", "warning")
+    assert (divergence.step, divergence.layer, divergence.severity) == (3, "(all)", "divergence")
+    assert warning.reference == 50.0
+    assert "of the whole model 2e+04 is 400 × the first one, 50" in warning.reason
+
+
+def test_layers_behind_an_output_that_starts_at_zero_are_quiet() -> None:
+    # Their first gradients are nothing, that of the output layer is not.
+    norms = [{"(all)": 1.0 + a, "a": a, "head": 1.0} for a in (0.0, 1e-4, 1e-2, 0.3, *[1.0] * 40)]
+    assert not feed(GradientExplosionDetector(), norms)
+
+
 def test_the_origin_is_the_layer_that_left_its_range_first() -> None:
     # "a" is the louder one when the alarm comes, but "b" began two steps earlier.
     growth = [{"a": 1.0 if step < 4 else 1e4, "b": 4.0 ** (step + 1)} for step in range(6)]

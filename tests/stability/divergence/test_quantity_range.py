@@ -77,6 +77,12 @@ def test_zero_nan_and_infinity_do_not_break_it() -> None:
     assert (alert.step, alert.value) == (6, 0.0)
 
 
+def test_the_reference_is_the_median_before_the_value() -> None:
+    detector = QuantityRangeDetector("q", "kind", "it grew", limit=5.0, ratio=3.0, min_history=2)
+    (alert,) = verdicts(detector, ((i, {"q": {"a": value}}) for i, value in enumerate([1.0, 2.0, 10.0])))
+    assert alert.reference == pytest.approx(math.sqrt(2.0))
+
+
 def test_layers_that_move_within_the_limit_are_not_the_origin() -> None:
     detector = QuantityRangeDetector("q", "kind", "it grew", limit=100.0, ratio=3.0)
     for step in range(10):

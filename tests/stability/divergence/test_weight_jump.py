@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,6 +17,32 @@ def test_scaled_weights_are_named_at_their_own_step(layer: str, factor: float) -
     assert (alert.step, alert.onset_step, alert.layer, alert.kind) == (110, 110, layer, "weight-jump")
     assert alert.value == pytest.approx(factor * alert.reference, rel=0.02)
     assert alert.evidence[-1] == (110, alert.value)
+
+
+def test_the_sentence_says_what_the_other_layers_do() -> None:
+    def two_layers(readings: Step, since: int) -> None:
+        readings["weight_norm"]["head"] *= 40
+        readings["weight_norm"]["embedding"] *= 40
+
+    alone = scaled("weight_norm", "head", lambda since: 40)
+    (alert,) = verdicts(WeightJumpDetector(), with_fault(160, 110, alone))
+    assert alert.reason.endswith("is its habit and the other layers keep to theirs.")
+    (alert,) = verdicts(WeightJumpDetector(), with_fault(160, 110, two_layers))
+    assert alert.reason.endswith("is its habit; 1 of 3 other layers leave theirs at the same step.")
+    assert {alert.layer, *alert.spread} == {"head", "embedding"}
+
+
+def test_a_small_change_is_told_where_the_layer_never_made_one() -> None:
+    def series(change: float) -> Iterator[tuple[int, Step]]:
+        for step in range(120):
+            yield (
+                step,
+                {"weight_norm": {"a": 10.0 + 1e-4 * step + change * (step >= 100), "b": 5.0 + step / 10}},
+            )
+
+    assert not verdicts(WeightJumpDetector(), series(0.0015))
+    (alert,) = verdicts(WeightJumpDetector(), series(0.004))  # 0.04 %, after 0.001 % a step
+    assert (alert.layer, alert.step) == ("a", 100)
 
 
 def test_weights_that_grow_step_by_step_are_seen_at_the_first_ones() -> None:
@@ -71,7 +98,9 @@ def test_steps_that_update_nothing_are_no_habit() -> None:
     ("arguments", "message"),
     [
         ({"surprise": 0.0}, "surprise and min_change must be positive; got 0.0"),
-        ({"ratio": 1.0}, "ratio and common_ratio must be above 1; got 1.0"),
+        ({"ratio": 1.0}, "ratios must be above 1 .* got 1.0"),
+        ({"max_ratio": 2.0}, "max_ratio at least ratio; got 3.0, 2.0"),
+        ({"common_ratio": 1.0}, r"got 3.0, 12.0 and 1.0 \(common\)"),
         ({"min_history": 65}, "min_history must lie in"),
         ({"min_layers": 1}, "min_layers must be at least 2; got 1"),
     ],
