@@ -114,6 +114,25 @@ def write_run(path: Path, facts: dict[str, Any], arrays: Arrays) -> None:
     os.replace(temporary, path)
 
 
+def write_run_to(file: IO[bytes], run: RecordedRun) -> None:
+    """Write a run that was read, or a part of it.
+
+    Args:
+        file: Open for writing.
+        run: The run; its records are written series by series.
+    """
+    counts = [len(steps) for steps, _ in run.series.values()]
+    np.savez_compressed(
+        file,
+        facts=np.array(json.dumps(run.facts)),
+        step=np.concatenate([np.empty(0, np.int32), *(steps for steps, _ in run.series.values())]),
+        series=np.repeat(np.arange(len(counts), dtype=np.uint16), counts),
+        value=np.concatenate([np.empty(0, np.float32), *(values for _, values in run.series.values())]),
+        names=np.array(json.dumps([list(series) for series in run.series])),
+        alerts=np.array(json.dumps(run.alerts)),
+    )
+
+
 def read_run(file: Path | IO[bytes]) -> RecordedRun:
     """Read a run's file.
 

@@ -24,7 +24,8 @@ loss.
 * **Collapsed**: in half of the attention layers and more, at the last measurement, softmax rows have less
   than 0.1 nats of entropy, or more than half of the sigmoid weights exceed 0.99. Their Jacobians vanish, so
   being calm says nothing of the mechanism.
-* **Healthy run**: it learned, and its gain reaches 0.3 nats or 0.2 of the variance.
+* **Healthy run**: it ended neither exploded nor collapsed, and its gain reaches 0.3 nats or 0.2 of the
+  variance. (Genes' means alone explain more than 0.2; *learned* asks for more.)
 
 Verdicts, the first that applies: *exploded*; *not finite* (without a sustained explosion before); *too short*
 (fewer than 300 steps, or no validation); *failed: collapsed*; *failed: not learned*; *learned*.
@@ -72,7 +73,7 @@ class LongJudgement:
         train_loss: Mean of the last tenth of the steps.
         validation_loss: At the last validation.
         gain: Nats or share of variance.
-        is_healthy: Whether the run learned as much as a healthy one is asked for.
+        is_healthy: Whether the gain is what a healthy run is asked for.
         collapsed_layers: Share of the attention layers.
         verdict: See the module's definitions.
     """
@@ -150,7 +151,9 @@ def judge_long_run(run: RecordedRun) -> LongJudgement:
         train_loss=float(losses[-max(10, len(losses) // 10) :].mean()) if len(losses) else None,
         validation_loss=validation[-1] if validation else None,
         gain=gain,
-        is_healthy=verdict == "learned" and gain is not None and gain >= HEALTHY_GAIN[run.facts["metric"]],
+        is_healthy=verdict in ("learned", "failed: not learned")
+        and gain is not None
+        and gain >= HEALTHY_GAIN[run.facts["metric"]],
         collapsed_layers=collapsed_layers,
         verdict=verdict,
     )
