@@ -7,8 +7,9 @@ import torch
 
 from experiments import training_speed
 from experiments.attention_contenders import Case, Contender
-from experiments.training_speed import PRESETS, Speed, amdahl, case_name, main, measure_case, ratios
+from experiments.training_speed import PRESETS, case_name, main, measure_case
 from experiments.training_speed_contenders import SharedTraining, speed_contenders
+from experiments.training_speed_report import Speed, amdahl, ratios
 
 TINY = ["--preset", "tiny", "--rounds", "3"]
 CASE, PADDED = Case(2, 2, 32, 8), Case(2, 2, 32, 8, padding=0.5)

@@ -1,0 +1,156 @@
+"""What judged runs say: paired comparisons, verdicts on the claims, chosen rates, attention and outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from experiments.embedding_metrics import METRICS
+from experiments.paired_comparison import Comparison, claim_sentence, compare
+from experiments.representation_plan import best_rate
+from experiments.representation_results import ATTENTION, Judged, RawRun
+
+LOSSES = {
+    "held_out_loss": "cross-entropy of masked genes of held-out cells, nats",
+    "validation_loss": "the same of the validation cells, which chose rate and weights",
+}
+# Fixed before any run; what is not here is secondary and decides nothing.
+PRIMARY = {
+    "silhouette": "Silhouette",
+    "cohesion": "Within-type cosine similarity",
+    "held_out_loss": "Held-out loss",
+}
+
+
+def compare_all(judged: Sequence[Judged], controls: set[str]) -> dict[str, list[Comparison]]:
+    """Paired comparisons of every metric.
+
+    Args:
+        judged: Of all runs.
+        controls: Data sets that stand apart: their comparisons come last and count in no family.
+
+    Returns:
+        Metric → comparisons.
+    """
+    values = {(each.dataset, each.method, each.seed): each.values for each in judged}
+    datasets = list(dict.fromkeys(each.dataset for each in judged))
+    found: dict[str, list[Comparison]] = {}
+    for metric in (*METRICS, *LOSSES):
+        family: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        apart: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for dataset in datasets:
+            seeds = [
+                seed
+                for name, method, seed in values
+                if (name, method) == (dataset, "softmax") and (dataset, "sigmoid", seed) in values
+            ]
+            if seeds:
+                softmax, sigmoid = (
+                    np.array([values[dataset, method, seed][metric] for seed in seeds])
+                    for method in ("softmax", "sigmoid")
+                )
+                (apart if dataset in controls else family)[dataset] = (softmax, sigmoid)
+        found[metric] = compare(family) + compare(apart)
+    return found
+
+
+def verdicts(comparisons: dict[str, list[Comparison]], controls: set[str]) -> dict[str, str]:
+    """One sentence for each claim, and for the other definitions of separation and loss.
+
+    Args:
+        comparisons: Of `compare_all`.
+        controls: Left out.
+
+    Returns:
+        Metric → sentence; empty where there are no pairs.
+    """
+    claims: dict[str, dict[str, Any]] = {
+        "silhouette": {"subject": "Separation (silhouette)", "direction": "higher", "size": 0.25},
+        "cohesion": {"subject": "Cohesion (within-type cosine similarity)", "direction": "higher"},
+        "held_out_loss": {"subject": "Loss on held-out cells", "direction": "lower"},
+        "silhouette_scib": {"subject": "Separation (scIB's silhouette)", "direction": "higher", "size": 0.25},
+        "distance_ratio": {"subject": "Separation (distance ratio)", "direction": "higher", "size": 0.25},
+        "connectivity": {"subject": "Cohesion (graph connectivity)", "direction": "higher"},
+        "validation_loss": {"subject": "Loss on validation cells", "direction": "lower"},
+    }
+    sentences = {}
+    for metric, claim in claims.items():
+        if family := [each for each in comparisons[metric] if each.dataset not in controls]:
+            sentences[metric] = claim_sentence(comparisons=family, **claim)
+    return sentences
+
+
+def attention_relations(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    """Whether attention statistics go with the outcome: rank correlations within data sets.
+
+    Ranks are taken over the seeds of one data set and mechanism, then pooled: differences between data sets
+    tell nothing. Exploratory: not corrected for their number.
+
+    Args:
+        judged: Of all runs.
+
+    Returns:
+        One entry per mechanism, quantity and outcome.
+    """
+    rows = []
+    for method in ("softmax", "sigmoid"):
+        for quantity in ATTENTION:
+            for outcome in ("silhouette", "held_out_loss"):
+                left, right = [], []
+                for dataset in dict.fromkeys(each.dataset for each in judged):
+                    runs = [e.values for e in judged if (e.dataset, e.method) == (dataset, method)]
+                    runs = [values for values in runs if quantity in values]
+                    if len(runs) > 2:
+                        left.append(_centred_ranks([values[quantity] for values in runs]))
+                        right.append(_centred_ranks([values[outcome] for values in runs]))
+                if left:
+                    x, y = np.concatenate(left), np.concatenate(right)
+                    size = float(np.sqrt((x**2).sum() * (y**2).sum()))
+                    correlation = float((x * y).sum() / size) if size else float("nan")
+                    freedom = len(x) - len(left) - 1
+                    low, high = _fisher_interval(correlation, freedom)
+                    rows.append(
+                        {"method": method, "quantity": quantity, "outcome": outcome, "runs": len(x),
+                         "correlation": correlation, "low": low, "high": high}
+                    )  # fmt: skip
+    return rows
+
+
+def selections(runs: Sequence[RawRun]) -> list[dict[str, Any]]:
+    """Validation losses of the grid, and the rate that was chosen.
+
+    Args:
+        runs: All.
+
+    Returns:
+        One entry per data set and mechanism.
+    """
+    losses: dict[tuple[str, str], dict[float, float]] = {}
+    for run in runs:
+        if run.config["purpose"] == "selection":
+            key = run.config["dataset"], run.config["mechanism"]
+            losses.setdefault(key, {})[run.config["learning_rate"]] = run.facts["validation_loss"]
+    rows = []
+    for (dataset, mechanism), by_rate in losses.items():
+        rate = best_rate(by_rate)
+        rows.append(
+            {"dataset": dataset, "mechanism": mechanism, "validation_losses": dict(sorted(by_rate.items())),
+             "chosen": rate, "is_edge": len(by_rate) > 1 and rate in (min(by_rate), max(by_rate))}
+        )  # fmt: skip
+    return rows
+
+
+def _centred_ranks(values: Sequence[float]) -> np.ndarray:
+    ranks = stats.rankdata(values)
+    centred: np.ndarray = (ranks - ranks.mean()) / len(ranks)
+    return centred
+
+
+def _fisher_interval(correlation: float, freedom: int) -> tuple[float, float]:
+    if freedom < 3 or not abs(correlation) < 1:
+        return float("nan"), float("nan")
+    half = 1.96 / (freedom - 2) ** 0.5
+    return float(np.tanh(np.arctanh(correlation) - half)), float(np.tanh(np.arctanh(correlation) + half))

@@ -1,0 +1,138 @@
+"""The page of tables of the representation experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.embedding_metrics import METRICS
+from experiments.paired_comparison import Comparison
+from experiments.representation_findings import (
+    LOSSES,
+    PRIMARY,
+    attention_relations,
+    selections,
+    verdicts,
+)
+from experiments.representation_results import Judged, RawRun
+
+METHODS = ("PCA", "softmax untrained", "sigmoid untrained", "softmax", "sigmoid")
+
+
+def markdown(
+    judged: Sequence[Judged],
+    runs: Sequence[RawRun],
+    comparisons: dict[str, list[Comparison]],
+    controls: set[str],
+) -> str:
+    """The page of tables.
+
+    Args:
+        judged: Of all runs.
+        runs: All.
+        comparisons: Of `compare_all`.
+        controls: Data sets that stand apart.
+
+    Returns:
+        Markdown.
+    """
+    parts = [
+        "# Representations of cells: softmax and sigmoid attention",
+        "",
+        "Computed from the runs alone.",
+        "",
+    ]
+    parts += [f"* {sentence}" for sentence in verdicts(comparisons, controls).values()]
+    for metric, title in PRIMARY.items():
+        parts += ["", f"## {title}", "", f"That is, {(METRICS | LOSSES)[metric]}.", ""]
+        parts += _table(
+            ["data set", "softmax", "sigmoid", "difference", "interval", "p (Holm)", "sigmoid is", "seeds"],
+            (
+                [
+                    f"{each.dataset} (control)" if each.dataset in controls else each.dataset,
+                    f"{each.softmax:.4f}", f"{each.sigmoid:.4f}", f"{each.difference:+.4f}",
+                    _interval(each), "–" if np.isnan(each.p) else f"{each.p:.2g}",
+                    each.verdict, str(each.pairs),
+                ]
+                for each in comparisons[metric]
+            ),
+        )  # fmt: skip
+    parts += ["", "## All metrics", "", "Means over seeds; after ± the standard deviation.", ""]
+    for metric, meaning in METRICS.items():
+        parts.append(f"* `{metric}`: {meaning}")
+    parts.append("")
+    parts += _table(["data set", "method", *METRICS], _metric_rows(judged))
+    parts += ["", "## Learning rates", ""]
+    parts += _table(
+        ["data set", "mechanism", "best validation loss at each rate", "chosen"],
+        (
+            [
+                row["dataset"], row["mechanism"],
+                ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in row["validation_losses"].items()),
+                f"{row['chosen']:g}" + (", the edge of the grid" if row["is_edge"] else ""),
+            ]
+            for row in selections(runs)
+        ),
+    )  # fmt: skip
+    parts += ["", "## Training", "", "Speeds are of runs that shared their device.", ""]
+    parts += _table(
+        ["data set", "mechanism", "runs", "median steps", "kept step", "ended by patience", "padding",
+         "valid tokens a second"],
+        _training_rows(runs),
+    )  # fmt: skip
+    parts += ["", "## Attention and outcome", ""]
+    parts += ["Rank correlations within data sets, exploratory (95 % intervals, not corrected).", ""]
+    parts += _table(
+        ["mechanism", "quantity", "outcome", "correlation", "interval", "runs"],
+        (
+            [
+                row["method"], f"`{row['quantity']}`", row["outcome"], f"{row['correlation']:+.2f}",
+                f"{row['low']:+.2f} to {row['high']:+.2f}", str(row["runs"]),
+            ]
+            for row in attention_relations(judged)
+        ),
+    )  # fmt: skip
+    return "\n".join(parts) + "\n"
+
+
+def _interval(comparison: Comparison) -> str:
+    if np.isnan(comparison.low):
+        return "– (one seed)"
+    return f"{comparison.low:+.4f} to {comparison.high:+.4f}"
+
+
+def _metric_rows(judged: Sequence[Judged]) -> Iterable[list[str]]:
+    for dataset in dict.fromkeys(each.dataset for each in judged):
+        for method in METHODS:
+            found = [each.values for each in judged if (each.dataset, each.method) == (dataset, method)]
+            if not found:
+                continue
+            cells = []
+            for metric in METRICS:
+                values = np.array([each[metric] for each in found])
+                spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
+                cells.append(f"{values.mean():.3f}{spread}")
+            yield [dataset, method, *cells]
+
+
+def _training_rows(runs: Sequence[RawRun]) -> Iterable[list[str]]:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        if run.config["purpose"] == "final":
+            groups.setdefault((run.config["dataset"], run.config["mechanism"]), []).append(run.facts)
+    for (dataset, mechanism), facts in groups.items():
+        medians = {
+            name: float(np.median([each[name] for each in facts]))
+            for name in ("steps", "best_step", "padding", "tokens_per_second")
+        }
+        stopped = sum(each["is_stopped_by_patience"] for each in facts)
+        yield [
+            dataset, mechanism, str(len(facts)), f"{medians['steps']:g}", f"{medians['best_step']:g}",
+            f"{stopped} of {len(facts)}", f"{medians['padding']:.0%}", f"{medians['tokens_per_second']:,.0f}",
+        ]  # fmt: skip
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]

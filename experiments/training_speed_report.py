@@ -1,0 +1,145 @@
+"""What a measurement of training speed amounts to: ratios, Amdahl's prediction beside them, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiments.overhead_report import paired_ratio
+
+# Beyond this, measured and predicted ratio want an explanation.
+EXPLAINED = 0.03
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One contender in one case.
+
+    Attributes:
+        name: The contender.
+        kind: "ours" or "softmax".
+        milliseconds: Median of a step.
+        tokens_per_second: Valid tokens, padding not counted.
+        attention_milliseconds: Attention of all layers, forward and backward, by itself.
+        attention_share: Of the step's time.
+        turns: Milliseconds a step, round by round.
+    """
+
+    name: str
+    kind: str
+    milliseconds: float
+    tokens_per_second: float
+    attention_milliseconds: float
+    attention_share: float
+    turns: list[float]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast sigmoid trains.
+
+    Attributes:
+        ours: Sigmoid's contender.
+        softmax: Softmax's.
+        is_best: Whether that is the fastest softmax of the case.
+        ratio: Softmax's time over ours, median over rounds; above 1 sigmoid is faster.
+        low: Lower end of its 95 % bootstrap interval.
+        high: Upper end.
+        predicted: By Amdahl's law from softmax's step and the attention times of both.
+        gap: Measured over predicted, less 1.
+        needs_explanation: Whether the gap exceeds 3 %.
+    """
+
+    ours: str
+    softmax: str
+    is_best: bool
+    ratio: float
+    low: float
+    high: float
+    predicted: float
+    gap: float
+    needs_explanation: bool
+
+
+def amdahl(step: float, attention: float, other_attention: float) -> float:
+    """Speed-up when a part of a step takes another time: 1 / (1 − share · (1 − other / part)).
+
+    Args:
+        step: Time of the step.
+        attention: Time of the part in it.
+        other_attention: What the part would take.
+
+    Returns:
+        The step's time over that with the other part.
+
+    Source:
+        Amdahl, AFIPS 30:483 (1967).
+
+    Example:
+        >>> amdahl(step=100.0, attention=40.0, other_attention=20.0)
+        1.25
+    """
+    return step / (step - attention + other_attention)
+
+
+def ratios(speeds: Sequence[Speed]) -> list[Ratio]:
+    """Each sigmoid against each softmax of a case.
+
+    Args:
+        speeds: Of `measure_case`.
+
+    Returns:
+        One entry a pair.
+    """
+    softmax = [speed for speed in speeds if speed.kind == "softmax"]
+    best = min(softmax, key=lambda speed: speed.milliseconds, default=None)
+    found = []
+    for ours in (speed for speed in speeds if speed.kind == "ours"):
+        for theirs in softmax:
+            ratio, low, high = paired_ratio(np.array(theirs.turns), np.array(ours.turns))
+            predicted = amdahl(
+                theirs.milliseconds, theirs.attention_milliseconds, ours.attention_milliseconds
+            )
+            gap = ratio / predicted - 1
+            found.append(
+                Ratio(
+                    ours.name, theirs.name, theirs is best, ratio, low, high,
+                    predicted, gap, abs(gap) > EXPLAINED,
+                )
+            )  # fmt: skip
+    return found
+
+
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """Tables of what was measured.
+
+    Args:
+        results: As in the JSON.
+
+    Returns:
+        Markdown.
+    """
+    lines = ["| case | contender | ms a step | valid tokens a second | attention |", "|---|---|---|---|---|"]
+    for result in results:
+        lines += [
+            f"| {result['case']} | {speed['name']} | {speed['milliseconds']:.2f} | "
+            f"{speed['tokens_per_second']:,.0f} | {speed['attention_share']:.0%} |"
+            for speed in result["speeds"]
+        ]
+    lines += [
+        "",
+        "| case | sigmoid | against | ratio | 95 % interval | Amdahl | gap |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        for each in result["ratios"]:
+            against = each["softmax"] + " (best)" * each["is_best"]
+            lines.append(
+                f"| {result['case']} | {each['ours']} | {against} | {each['ratio']:.3f} | "
+                f"{each['low']:.3f} – {each['high']:.3f} | {each['predicted']:.3f} | "
+                f"{each['gap']:+.1%}{', to be explained' * each['needs_explanation']} |"
+            )
+    return "\n".join(lines) + "\n"
