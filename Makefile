@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.stability-probes-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install stress-test verify-bounds tensorboard test test-all lint
+.PHONY: help install stress-test representations verify-bounds tensorboard docs test test-all lint
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -20,11 +20,17 @@ install: $(INSTALLED) ## build the virtual environment
 stress-test: $(INSTALLED) ## train softmax and sigmoid attention until one explodes
 	$(BIN)/python -m experiments.stress_test $(ARGS)
 
+representations: $(INSTALLED) ## train softmax and sigmoid attention on labelled cells
+	$(BIN)/python -m experiments.representations $(ARGS)
+
 verify-bounds: $(INSTALLED) ## check the attention derivative bounds over every finite value
 	$(BIN)/python -m experiments.verify_bounds $(ARGS)
 
 tensorboard: $(INSTALLED) ## open the recorded runs in TensorBoard (RUNS=directory)
 	$(BIN)/python -m tensorboard.main --logdir $(RUNS) $(ARGS)
+
+docs: $(INSTALLED) ## build docs/ as a site, in build/docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs $(ARGS)
 
 test: lint ## lint, unit tests, doctests, README blocks
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -52,5 +58,5 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	if $(call has,$(BIN)/python,torch,2.11); then kept="$$kept|torch"; fi; \
 	if $(call has,$(BIN)/python,triton,0.0); then kept="$$kept|triton"; fi; \
 	grep -vE "^($$kept)==" constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[cells,test]'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[cells,docs,test]'
 	touch $@

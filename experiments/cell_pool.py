@@ -3,8 +3,8 @@
 A real file of long cells holds a hundred or two, too few for thousands of steps, and not each of them
 expresses 8,192 genes. So the pool is made of mixtures: two cells of one side of the split in random
 proportion, read anew by a Poisson draw. Mixtures that express fewer genes than a sequence has tokens are
-drawn again: without padding the fastest kernels apply. Training mixtures know nothing of the cells that are
-held out.
+drawn again: without padding the fastest kernels apply. Training mixtures know nothing of the embryos that
+are held out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from experiments.cells import COUNTS_PER_CELL, Cells, synthetic_cells
 
 # Reads of a mixture, fewer than Smart-seq's millions: noise, but few expressed genes are lost.
 READS_PER_CELL = 4_000_000
-# About one in four mixtures of the embryo's cells falls short of 8,192 genes.
+# One in five training mixtures falls short of 8,192 genes, one in three of the held-out ones.
 _MOST_TRIES = 20
 
 

@@ -29,12 +29,14 @@ class Cells:
         genes: Gene names, one per column.
         labels: Cell type of each cell, or None where none were asked for.
         source: Where the cells come from, for reports.
+        names: Name of each cell in its file, or None where it has none.
     """
 
     expression: sparse.csr_matrix
     genes: NDArray[np.str_]
     labels: NDArray[np.str_] | None
     source: str
+    names: NDArray[np.str_] | None = None
 
     def __len__(self) -> int:
         return self.expression.shape[0]
@@ -194,6 +196,7 @@ def _from_anndata(data: AnnData, label_column: str | None, source: str) -> Cells
         genes=names.to_numpy().astype(str),
         labels=labels,
         source=source,
+        names=data.obs_names.to_numpy().astype(str)[is_expressing],
     )
 
 

@@ -19,7 +19,7 @@ from experiments.cell_transformer import CellTransformer, CellTransformerConfig,
 
 
 class ValueTask:
-    """Masked-value regression: model, batches, loss, and the loss of predicting the mean.
+    """Masked-value regression: model, batches, loss, and the losses of knowing nothing of the cell.
 
     Args:
         pool: The cells.
@@ -48,6 +48,22 @@ class ValueTask:
         mean = self._target(torch.from_numpy(self.pool.train.expression.data)).double().mean()
         hidden = torch.cat([batch.targets[batch.mask] for batch in self.validation_batches(self.batch_size)])
         return float((hidden.double() - mean).square().mean())
+
+    @property
+    def without_attention(self) -> float:
+        """Mean squared error on the validation batches of predicting each gene's mean in the training cells.
+
+        All that a hidden token knows as long as no attention tells it of the others.
+        """
+        expression = self.pool.train.expression
+        targets = self._target(torch.from_numpy(expression.data)).double().numpy()
+        num_genes = len(self.pool.train.genes)
+        counts = np.bincount(expression.indices, minlength=num_genes)
+        sums = np.bincount(expression.indices, targets, minlength=num_genes)
+        means = torch.from_numpy(np.where(counts > 0, sums / np.maximum(counts, 1), targets.mean()))
+        batches = self.validation_batches(self.batch_size)
+        errors = [batch.targets[batch.mask].double() - means[batch.genes[batch.mask]] for batch in batches]
+        return float(torch.cat(errors).square().mean())
 
     def model(self, config: CellTransformerConfig) -> CellTransformer:
         """The model of this task."""

@@ -28,6 +28,9 @@ MASK_FRACTION = 0.15
 # parameters have no room (axial position embeddings, Kitaev et al., arXiv 2001.04451).
 GROUPS, RANKS_PER_GROUP = 64, 128
 MAX_TOKENS = GROUPS * RANKS_PER_GROUP
+# Frequencies at a rank are drawn towards those over all ranks as if by so many tokens more: of 262,144 tokens
+# in a group of ranks each gene has 26 on average, and most have none.
+_PRIOR_TOKENS = 10_000
 
 
 class RankBatch(NamedTuple):
@@ -84,12 +87,24 @@ class RankTransformer(CellEncoder):
         Returns:
             [k, num_genes] logits.
         """
+        masked = self.states(tokens, lengths).flatten(0, 1).index_select(0, hidden)
+        return nn.functional.linear(masked, self.gene_embedding.weight[:-1], self.head_bias)
+
+    def states(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+        """What the last block knows of every token.
+
+        Args:
+            tokens: See `RankBatch`.
+            lengths: See `RankBatch`.
+
+        Returns:
+            [B, n, embed_dim], normalised; that of padding means nothing.
+        """
         rank = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.gene_embedding(tokens)
         x = x + self.rank_group_embedding(rank // RANKS_PER_GROUP)
         x = x + self.rank_place_embedding(rank % RANKS_PER_GROUP)
-        masked = self.encode(x, lengths).flatten(0, 1).index_select(0, hidden)
-        return nn.functional.linear(masked, self.gene_embedding.weight[:-1], self.head_bias)
+        return self.encode(x, lengths)
 
 
 @dataclass(frozen=True)
@@ -106,7 +121,7 @@ class RankedCells:
 
 
 class RankTask:
-    """Masked-gene prediction: model, batches, loss, and the loss of knowing only how common genes are.
+    """Masked-gene prediction: model, batches, loss, and the losses of knowing nothing of the cell.
 
     Args:
         pool: The cells.
@@ -134,10 +149,25 @@ class RankTask:
     @property
     def reference(self) -> float:
         """Unigram cross-entropy of the training cells: −Σ p ln p, p each gene's share of all their tokens."""
-        is_token = np.arange(self.train.genes.shape[1]) < self.train.lengths[:, None]
-        counts = np.bincount(self.train.genes[is_token], minlength=self.num_genes)
+        counts = self._counts_by_rank().sum(axis=0)
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
+
+    @property
+    def without_attention(self) -> float:
+        """Cross-entropy on the validation batches of guessing by the training cells' frequencies at the rank.
+
+        All that a hidden token knows as long as no attention tells it of the others.
+        """
+        counts = self._counts_by_rank()
+        unigram = counts.sum(axis=0) + 1.0
+        shares = counts + _PRIOR_TOKENS * unigram / unigram.sum()
+        shares /= shares.sum(axis=1, keepdims=True)
+        losses = []
+        for batch in self.validation_batches(self.batch_size):
+            ranks = batch.hidden.numpy() % batch.tokens.shape[1]
+            losses.append(-np.log(shares[ranks // RANKS_PER_GROUP, batch.genes.numpy()]).mean())
+        return float(np.mean(losses))
 
     def model(self, config: CellTransformerConfig) -> RankTransformer:
         """The model of this task."""
@@ -147,14 +177,14 @@ class RankTask:
         """The batch of a training step, on the CPU."""
         generator = np.random.default_rng([self.seed, step])
         chosen = generator.integers(len(self.train.genes), size=self.batch_size)
-        return _mask(self.train, chosen, self.num_genes, generator)
+        return mask_genes(self.train, chosen, self.num_genes, generator)
 
     def validation_batches(self, batch_size: int) -> list[RankBatch]:
         """Every validation cell once, masked alike each time and for every seed."""
         generator = np.random.default_rng(0)
         count = len(self.validation.genes)
         return [
-            _mask(
+            mask_genes(
                 self.validation,
                 np.arange(start, min(start + batch_size, count)),
                 self.num_genes,
@@ -167,6 +197,14 @@ class RankTask:
         """Mean cross-entropy of the masked genes, 0-d float32."""
         logits = model(batch.tokens, batch.hidden, batch.lengths)
         return nn.functional.cross_entropy(logits.float(), batch.genes)
+
+    def _counts_by_rank(self) -> NDArray[np.int64]:
+        """[rank groups, genes]: how often each gene is in each group of ranks of the training cells."""
+        ranks = np.arange(self.train.genes.shape[1])
+        is_token = ranks < self.train.lengths[:, None]
+        cells = (ranks // RANKS_PER_GROUP * self.num_genes + self.train.genes)[is_token]
+        num_groups = -(-len(ranks) // RANKS_PER_GROUP)
+        return np.bincount(cells, minlength=num_groups * self.num_genes).reshape(num_groups, self.num_genes)
 
 
 def gene_medians(cells: Cells) -> NDArray[np.float64]:
@@ -205,9 +243,20 @@ def rank_genes(cells: Cells, medians: NDArray[np.float64], tokens: int) -> Ranke
     return RankedCells(genes, lengths)
 
 
-def _mask(
+def mask_genes(
     cells: RankedCells, chosen: NDArray[np.int64], mask_token: int, generator: np.random.Generator
 ) -> RankBatch:
+    """A batch in which some genes of each list are hidden.
+
+    Args:
+        cells: The lists.
+        chosen: [B], which of them.
+        mask_token: What stands in place of a hidden gene.
+        generator: Decides which are hidden.
+
+    Returns:
+        The batch, on the CPU.
+    """
     lengths = cells.lengths[chosen]
     longest = int(lengths.max())
     tokens = torch.from_numpy(cells.genes[chosen, :longest].astype(np.int64))

@@ -1,8 +1,8 @@
 """One planned run, or a piece of it: from its checkpoint if there is one, to its end or until time is up.
 
-A piece ends at the run's last step, at a loss that is no finite number, or when its time is up; it then
-leaves a checkpoint for the next one. A checkpoint of 160 million parameters takes 2 GB and stays on its
-machine; what is carried home is the file of records.
+A piece ends at the run's last step, at a loss that is no finite number, or when its time is up or SIGTERM
+comes; the last two leave a checkpoint for the next piece. A checkpoint of 160 million parameters takes 2 GB
+and stays on its machine; what is carried home is the file of records, which is written however a piece ends.
 
     python -m experiments.long_run rate-1e-3-softmax-seed0 --minutes 9 --device cuda
 
@@ -12,11 +12,15 @@ One run of `experiments.stress_plan` by hand; `experiments.stress_queue` works t
 from __future__ import annotations
 
 import argparse
+import json
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,7 +31,7 @@ from experiments.gene_ranks import RankTask
 from experiments.provenance import provenance
 from experiments.resumable_training import ResumableTraining
 from experiments.run_config import RunConfig
-from experiments.run_records import write_run
+from experiments.run_records import read_facts, write_run
 from experiments.stress_plan import SCALES, planned_runs
 
 TRAIN_CELLS, VALIDATION_CELLS = 2048, 32
@@ -68,15 +72,42 @@ class RunPaths(NamedTuple):
     Attributes:
         checkpoint: What the next piece reads; gone when the run is finished.
         records: What is carried home.
+        log: What the run's process printed.
     """
 
     checkpoint: Path
     records: Path
+    log: Path
 
     @classmethod
-    def of(cls, name: str, work: Path) -> RunPaths:
+    def of(cls, config: RunConfig, work: Path) -> RunPaths:
         """The paths of a run below a directory."""
-        return cls(work / f"{name}.pt", work / f"{name}.npz")
+        return cls(*(work / f"{config.name}.{suffix}" for suffix in ("pt", "npz", "log")))
+
+
+def finished_facts(config: RunConfig, work: Path) -> dict[str, Any] | None:
+    """What the records of a run say, if it is finished.
+
+    Args:
+        config: The run.
+        work: Directory of checkpoints and records.
+
+    Returns:
+        The facts; None of a run that is yet to begin or to be continued.
+
+    Raises:
+        ValueError: The records are of a run with another configuration.
+    """
+    path = RunPaths.of(config, work).records
+    if not path.exists():
+        return None
+    facts = read_facts(path)
+    if facts["config"] != json.loads(json.dumps(asdict(config))):  # where tuples are lists
+        raise ValueError(
+            f"{path} is of a run with another configuration than the plan's. Remove it, or give "
+            "another --work."
+        )
+    return facts if facts["is_finished"] else None
 
 
 def train_piece(
@@ -89,6 +120,9 @@ def train_piece(
     on_step: Callable[[int], None] = lambda step: None,
 ) -> bool:
     """One piece of a run, from its checkpoint if there is one: train, then write checkpoint and records.
+
+    The records are written of a run that fails or is interrupted, too, as far as it came; SIGTERM ends the
+    piece like its time. Signals are handled on the main thread, so call it there.
 
     Args:
         config: The run.
@@ -103,19 +137,33 @@ def train_piece(
     """
     deadline = time.monotonic() + 60 * minutes
     work.mkdir(parents=True, exist_ok=True)
-    paths = RunPaths.of(config.name, work)
+    paths = RunPaths.of(config, work)
     training = ResumableTraining(config, task_of(config, pool_of(config, cells)), device)
-    with training.probe:
-        if paths.checkpoint.exists():
-            training.load(paths.checkpoint)
-        is_finished = training.run(deadline, on_step)
-        if not is_finished:
-            training.save(paths.checkpoint)
-    facts = {**training.facts(is_finished=is_finished), **provenance(device)}
-    write_run(paths.records, facts, training.table.arrays())
+    is_finished = False
+    with _sigterm_stops(training):
+        try:
+            with training.probe:
+                if paths.checkpoint.exists():
+                    training.load(paths.checkpoint)
+                is_finished = training.run(deadline, on_step)
+                if not is_finished:
+                    training.save(paths.checkpoint)
+        finally:
+            if training.step > 0:  # otherwise an earlier piece's records say more
+                facts = {**training.facts(is_finished=is_finished), **provenance(device)}
+                write_run(paths.records, facts, training.table.arrays())
     if is_finished:
         paths.checkpoint.unlink(missing_ok=True)
     return is_finished
+
+
+@contextmanager
+def _sigterm_stops(training: ResumableTraining) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, lambda *_: training.stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,13 +2,16 @@
 
     python -m experiments.prepare_cells --out runs/cells.npz         # 133 mouse embryo cells, some 4 MB
 
-Keeps the genes that most cells express and marks the cells that are held out for validation.
+Holds out whole embryos for validation, since cells of one embryo resemble each other more than cells of two,
+and keeps the genes that most of the training cells express.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,47 +26,80 @@ NUM_GENES = 10_240
 VALIDATION_FRACTION = 0.2
 
 
-def commonest_genes(cells: Cells, num_genes: int) -> Cells:
-    """The cells with the genes that most of them express, in their old order.
+def commonest_genes(cells: Cells, is_validation: NDArray[np.bool_], num_genes: int) -> Cells:
+    """The cells with the genes that most of the training cells express, in their old order.
 
     Args:
         cells: Cells of any number of genes.
+        is_validation: [cells], the cells that have no say.
         num_genes: How many are kept at most; of equally common genes the first ones.
 
     Returns:
-        The cells, without those that express none of the genes kept.
+        The cells.
+
+    Raises:
+        ValueError: A cell expresses none of the genes kept.
     """
-    num_expressing = np.bincount(cells.expression.indices, minlength=len(cells.genes))
+    training = cells.expression[~is_validation]
+    num_expressing = np.bincount(training.indices, minlength=len(cells.genes))
     kept = np.sort(np.argsort(-num_expressing, kind="stable")[:num_genes])
     expression = cells.expression[:, kept]
-    is_expressing = np.diff(expression.indptr) > 0
-    labels = None if cells.labels is None else cells.labels[is_expressing]
-    return Cells(expression[is_expressing], cells.genes[kept], labels, cells.source)
+    if num_empty := int((np.diff(expression.indptr) == 0).sum()):
+        raise ValueError(
+            f"Expected every cell to express one of the {len(kept)} commonest genes; {num_empty} express "
+            "none. Keep more genes."
+        )
+    return replace(cells, expression=expression, genes=cells.genes[kept])
 
 
-def held_out(num_cells: int, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which cells are for validation.
+def embryos(names: NDArray[np.str_]) -> NDArray[np.str_]:
+    """Which embryo each cell is of, from names such as GSM1112611_earlyblast_2.16_expression.
 
     Args:
-        num_cells: At least 4, so that two cells are on either side.
-        fraction: Share of the cells held out; two at least, and two are left.
+        names: [cells] names of the cells; one of another form stands for a group of its own.
+
+    Returns:
+        [cells] names of the embryos.
+
+    Example:
+        >>> embryos(np.array(["GSM1112611_earlyblast_2.16_expression", "cell 7"])).tolist()
+        ['earlyblast_2', 'cell 7']
+    """
+    return np.array([re.sub(r"^GSM\d+_|\.\d+_expression$", "", name) for name in names])
+
+
+def held_out(groups: NDArray[np.str_], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which cells are for validation: whole groups in random order, each that the share has room for.
+
+    Args:
+        groups: [cells], the group of each cell; none is on both sides.
+        fraction: Share of the cells held out at most; but for two cells, the least that is held out.
         seed: Equal seeds hold out equal cells.
 
     Returns:
-        [num_cells] bool.
+        [cells] bool.
 
     Raises:
-        ValueError: There are fewer than 4 cells.
+        ValueError: No choice of groups leaves two cells on either side.
 
     Example:
-        >>> int(held_out(10, 0.2, seed=0).sum())
-        2
+        >>> held_out(np.array(["a", "a", "b", "c", "c", "c"]), 0.4, seed=0).tolist()
+        [True, True, False, False, False, False]
     """
-    if num_cells < 4:
-        raise ValueError(f"Expected at least 4 cells to hold some out; got {num_cells}.")
-    count = min(max(2, round(fraction * num_cells)), num_cells - 2)
-    chosen = np.random.default_rng(seed).permutation(num_cells)[:count]
-    return np.isin(np.arange(num_cells), chosen)
+    room = max(2, round(fraction * len(groups)))
+    names, sizes = np.unique(groups, return_counts=True)
+    chosen: list[str] = []
+    for i in np.random.default_rng(seed).permutation(len(names)):
+        if sizes[i] <= room:
+            chosen.append(names[i])
+            room -= int(sizes[i])
+    is_validation = np.isin(groups, chosen)
+    if min(is_validation.sum(), (~is_validation).sum()) < 2:
+        raise ValueError(
+            f"Expected groups of cells that leave two on either side; {len(names)} groups of {len(groups)} "
+            f"cells with a share of {fraction:g} held out do not."
+        )
+    return is_validation
 
 
 def write_prepared(path: Path, cells: Cells, is_validation: NDArray[np.bool_]) -> None:
@@ -100,19 +136,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = experiment_parser("prepare_cells", __doc__)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"default {DEFAULT_DATA}")
     parser.add_argument("--genes", type=positive_int, default=NUM_GENES, help=f"default {NUM_GENES}")
-    parser.add_argument("--seed", type=int, default=0, help="decides which cells are held out")
+    parser.add_argument("--seed", type=int, default=0, help="decides which embryos are held out")
     parser.add_argument("--out", type=Path, required=True, help="the .npz file to write")
     options = parser.parse_args(arguments)
     try:
-        cells = commonest_genes(read_cells(options.data), options.genes)
-        is_validation = held_out(len(cells), VALIDATION_FRACTION, options.seed)
+        cells = read_cells(options.data)
+        assert cells.names is not None  # files name their cells
+        groups = embryos(cells.names)
+        is_validation = held_out(groups, VALIDATION_FRACTION, options.seed)
+        cells = commonest_genes(cells, is_validation, options.genes)
         write_prepared(options.out, cells, is_validation)
     except (OSError, ValueError, ImportError) as error:
         print(f"prepare_cells: {error}", file=sys.stderr)
         return 2
     print(
         f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, {len(cells)} cells of "
-        f"{cells.source}, {is_validation.sum()} held out, {len(cells.genes)} genes."
+        f"{cells.source}, {is_validation.sum()} held out ({', '.join(np.unique(groups[is_validation]))}), "
+        f"{len(cells.genes)} genes."
     )
     return 0
 

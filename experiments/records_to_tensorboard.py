@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for name, run in read_runs(options.sources).items():
             write_events(run, options.out / name, options.every)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"records_to_tensorboard: {error}", file=sys.stderr)
         return 2
     print(f"Written: {options.out}. make tensorboard RUNS={options.out}")

@@ -60,6 +60,11 @@ class ResumableTraining:
         self.step = 0
         self.seconds = 0.0
         self.validation: list[tuple[int, float]] = []
+        self._is_told_to_stop = False
+
+    def stop(self) -> None:
+        """Let the step under way be the piece's last, as if its time were up."""
+        self._is_told_to_stop = True
 
     def run(self, deadline: float, on_step: Callable[[int], None] = lambda step: None) -> bool:
         """Train until the end or the deadline; whoever calls it closes the probe.
@@ -72,17 +77,18 @@ class ResumableTraining:
             Whether the run is finished: the last step is done, or the loss was no finite number.
         """
         started, before = time.monotonic(), self.seconds
-        # The records come one step late and without waiting for the device.
-        while self.step < self.config.steps and math.isfinite(self.table.last_loss):
-            if time.monotonic() >= deadline:
-                self.seconds = before + time.monotonic() - started
-                return False
-            self._train_step()
-            if self.step % VALIDATE_EVERY == 0 or self.step == self.config.steps:
-                self.validation.append((self.step, self.validate()))
-            on_step(self.step)
-        self.seconds = before + time.monotonic() - started
-        return True
+        try:
+            # The records come one step late and without waiting for the device.
+            while self.step < self.config.steps and math.isfinite(self.table.last_loss):
+                if self._is_told_to_stop or time.monotonic() >= deadline:
+                    return False
+                self._train_step()
+                if self.step % VALIDATE_EVERY == 0 or self.step == self.config.steps:
+                    self.validation.append((self.step, self.validate()))
+                on_step(self.step)
+            return True
+        finally:
+            self.seconds = before + time.monotonic() - started
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -144,6 +150,7 @@ class ResumableTraining:
             "parameters": self.model.parameter_counts(),
             "metric": self.task.metric,
             "reference": self.task.reference,
+            "without_attention": self.task.without_attention,
             "validation": self.validation,
         }
 

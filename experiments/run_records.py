@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -121,9 +122,17 @@ def read_run(file: Path | IO[bytes]) -> RecordedRun:
 
     Returns:
         The run.
+
+    Raises:
+        ValueError: It is no such file, or not all of it.
     """
-    with np.load(file) as content:
-        arrays = dict(content)
+    try:
+        with np.load(file) as content:
+            arrays = {name: content[name] for name in ("step", "series", "value", "names", "alerts", "facts")}
+    except (zipfile.BadZipFile, KeyError, EOFError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected the records of a run; got something else or a part of it ({error})."
+        ) from error
     order = np.argsort(arrays["series"], kind="stable")  # steps stay in order
     steps, values = arrays["step"][order], arrays["value"][order]
     names = _names(arrays)
@@ -134,6 +143,20 @@ def read_run(file: Path | IO[bytes]) -> RecordedRun:
         alerts=json.loads(str(arrays["alerts"])),
         series=dict(zip(names, columns, strict=True)) if names else {},
     )
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts of a run's file alone, without its records.
+
+    Args:
+        path: Of `write_run`.
+
+    Returns:
+        The facts.
+    """
+    with np.load(path) as content:
+        facts: dict[str, Any] = json.loads(str(content["facts"]))
+    return facts
 
 
 def _names(arrays: Arrays) -> list[Series]:

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,18 +27,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = (
+    *("run", "steps", "s / step", "baseline", "healthy baseline", "first steps", "peak", "sustained"),
     *(
-        "run",
-        "steps",
-        "s / step",
-        "baseline",
-        "first steps",
-        "peak",
-        "sustained",
         "diverged at",
         "first layer",
+        "train loss",
+        "validation loss",
+        "without attention",
+        "reference",
+        "gain",
     ),
-    *("train loss", "validation loss", "reference", "gain", "healthy", "collapsed layers", "verdict"),
+    *("healthy run", "collapsed layers", "verdict"),
 )
 
 
@@ -53,6 +52,7 @@ def read_runs(sources: Sequence[Path]) -> dict[str, RecordedRun]:
 
     Raises:
         FileNotFoundError: There is nothing of the kind.
+        ValueError: A file cannot be read.
     """
     runs: dict[str, RecordedRun] = {}
     for run in _each_run(sources):
@@ -72,11 +72,26 @@ def _each_run(sources: Sequence[Path]) -> Iterator[RecordedRun]:
         if source.is_dir():
             yield from _each_run(sorted([*source.glob("*.zip"), *source.glob("*.npz")]))
         elif source.suffix == ".zip":
-            with zipfile.ZipFile(source) as archive:
-                for name in archive.namelist():
-                    yield read_run(io.BytesIO(archive.read(name)))
+            for name, content in _members(source):
+                yield _read(content, f"{name} in {source}")
         elif source.exists():
-            yield read_run(source)
+            yield _read(source, str(source))
+
+
+def _members(archive: Path) -> Iterator[tuple[str, io.BytesIO]]:
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            for name in opened.namelist():
+                yield name, io.BytesIO(opened.read(name))
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{archive} is no archive, or not all of one ({error}). Leave it out.") from error
+
+
+def _read(file: Path | IO[bytes], name: str) -> RecordedRun:
+    try:
+        return read_run(file)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read. {error} Leave it out.") from error
 
 
 def markdown_table(runs: dict[str, RecordedRun], judgements: dict[str, LongJudgement]) -> str:
@@ -98,6 +113,7 @@ def markdown_table(runs: dict[str, RecordedRun], judgements: dict[str, LongJudge
             steps,
             _short(run.facts["seconds"] / max(1, run.facts["steps"]), 2),
             _short(judgement.baseline),
+            _yes(judgement.has_baseline),
             _orders(judgement.first_steps),
             _orders(judgement.peak),
             _orders(judgement.sustained),
@@ -105,9 +121,10 @@ def markdown_table(runs: dict[str, RecordedRun], judgements: dict[str, LongJudge
             judgement.first_layer or "–",
             _short(judgement.train_loss, 4),
             _short(judgement.validation_loss, 4),
+            _short(run.facts["without_attention"], 4),
             _short(run.facts["reference"], 4),
             _short(judgement.gain),
-            "yes" if judgement.is_healthy else "no",
+            _yes(judgement.is_healthy),
             _short(judgement.collapsed_layers, 2),
             judgement.verdict,
         )
@@ -118,44 +135,58 @@ def markdown_table(runs: dict[str, RecordedRun], judgements: dict[str, LongJudge
 def largest_learning_rates(runs: dict[str, RecordedRun], judgements: dict[str, LongJudgement]) -> str:
     """Per ladder (runs that differ in rate and seed alone) the largest rate at which every seed learned.
 
+    Runs that were cut have no say.
+
     Args:
         runs: The runs by name.
         judgements: Their judgements.
 
     Returns:
-        One line a ladder; empty without any.
+        A line a ladder with, per mechanism, how many seeds learned at each rate; empty without any.
     """
-    ladders: dict[str, dict[str, dict[float, list[str]]]] = {}
+    ladders: dict[str, dict[str, dict[float, list[bool]]]] = {}
+    questions: dict[str, list[str]] = {}
     for name, run in runs.items():
+        if not run.facts["is_finished"]:
+            continue
         same = dict(run.facts["config"])
         mechanism, rate, _, _ = (same.pop(key) for key in ("mechanism", "learning_rate", "seed", "name"))
-        ladder = ladders.setdefault(json.dumps(same, sort_keys=True), {})
-        ladder.setdefault(mechanism, {}).setdefault(rate, []).append(judgements[name].verdict)
+        key = json.dumps(same, sort_keys=True)
+        ladder = ladders.setdefault(key, {})
+        questions.setdefault(key, []).append(name.partition(f"-{mechanism}-")[0])
+        has_learned = judgements[name].verdict == "learned"
+        ladder.setdefault(mechanism, {}).setdefault(rate, []).append(has_learned)
     lines = []
-    for ladder in ladders.values():
-        tried = sorted({rate for verdicts in ladder.values() for rate in verdicts})
-        if len(tried) < 2:
+    for key, ladder in ladders.items():
+        if len({rate for rates in ladder.values() for rate in rates}) < 2:
             continue
         parts = []
-        for mechanism, verdicts in sorted(ladder.items()):
-            learned = [rate for rate in verdicts if set(verdicts[rate]) == {"learned"}]
-            parts.append(f"{mechanism} {max(learned):g}" if learned else f"{mechanism} none")
-        rates = ", ".join(f"{rate:g}" for rate in tried)
-        lines.append(f"Largest of the rates {rates} at which every seed learned: {'; '.join(parts)}.\n")
-    return "".join(lines)
+        for mechanism, rates in sorted(ladder.items()):
+            largest = max((rate for rate, learned in rates.items() if all(learned)), default=None)
+            seeds = ", ".join(
+                f"{sum(rates[rate])} of {len(rates[rate])} at {rate:g}" for rate in sorted(rates)
+            )
+            parts.append(f"{mechanism} {'none' if largest is None else f'{largest:g}'} (seeds: {seeds})")
+        asked = ", ".join(dict.fromkeys(questions[key]))
+        lines.append(f"Largest rate at which every seed learned, of {asked}: {'; '.join(parts)}.\n")
+    return "\n".join(lines)
 
 
 def strongest_pair(
     runs: dict[str, RecordedRun], judgements: dict[str, LongJudgement]
 ) -> tuple[RecordedRun, RecordedRun] | None:
-    """The softmax run with the largest sustained factor that has a sigmoid run beside it, and that one."""
+    """The softmax run with the largest sustained factor that has a sigmoid run beside it, and that one.
+
+    Runs with a healthy baseline come first; runs without a recorded step have no picture.
+    """
     pairs = []
     for name, run in runs.items():
         other = name.replace("-softmax-", "-sigmoid-")
-        if "-softmax-" in name and other in runs:
-            sustained = judgements[name].sustained
-            pairs.append((-np.inf if sustained is None else sustained, name, run, runs[other]))
-    return max(pairs, key=lambda pair: pair[:2])[2:] if pairs else None
+        if "-softmax-" in name and other in runs and min(_num_steps(run), _num_steps(runs[other])) > 0:
+            judgement = judgements[name]
+            sustained = -np.inf if judgement.sustained is None else judgement.sustained
+            pairs.append((judgement.has_baseline, sustained, name, run, runs[other]))
+    return max(pairs, key=lambda pair: pair[:3])[3:] if pairs else None
 
 
 def draw_layers(path: Path, pair: tuple[RecordedRun, RecordedRun]) -> None:
@@ -170,7 +201,7 @@ def draw_layers(path: Path, pair: tuple[RecordedRun, RecordedRun]) -> None:
 
     figure = Figure(figsize=(13, 7), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(1, 3))
+    panels = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(1, 3))
     images = [_image(run) for run in pair]
     finite = np.concatenate([image[np.isfinite(image)] for image in images])
     limits = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
@@ -179,6 +210,7 @@ def draw_layers(path: Path, pair: tuple[RecordedRun, RecordedRun]) -> None:
         drawn = panels[1, column].imshow(
             image, aspect="auto", interpolation="nearest", vmin=limits[0], vmax=limits[1], cmap="viridis"
         )
+    panels[0, 0].set_xlim(-0.5, max(image.shape[1] for image in images) - 0.5)
     layers = pair[0].layers("grad_norm")
     blocks = [i for i, layer in enumerate(layers) if layer.endswith("attention.query")]
     panels[1, 0].set_yticks(blocks, [layers[i] for i in blocks], fontsize=7)
@@ -186,6 +218,10 @@ def draw_layers(path: Path, pair: tuple[RecordedRun, RecordedRun]) -> None:
     figure.colorbar(drawn, ax=panels, label="log10 of the layer's gradient norm")
     figure.supxlabel("optimizer step")
     figure.savefig(path)
+
+
+def _num_steps(run: RecordedRun) -> int:
+    return len(run.values("grad_norm"))
 
 
 def _image(run: RecordedRun) -> np.ndarray:
@@ -213,6 +249,7 @@ def write_ledger(sources: Sequence[Path], out: Path) -> str:
 
     Raises:
         FileNotFoundError: There is no run.
+        ValueError: A file cannot be read.
     """
     runs = read_runs(sources)
     judgements = {name: judge_long_run(run) for name, run in runs.items()}
@@ -246,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         print(write_ledger(options.sources, options.out), end="")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"stress_ledger: {error}", file=sys.stderr)
         return 2
     return 0
@@ -254,6 +291,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _short(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _orders(value: float | None) -> str:

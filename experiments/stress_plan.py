@@ -1,26 +1,32 @@
 """The plan of the stress test at 160 million parameters and 8,192 tokens, written before its runs.
 
     python -m experiments.stress_plan              # every question, hypothesis, prediction, run and cost
+    python -m experiments.stress_plan --gpus 1     # the cost on another machine
 
 A question is asked of both mechanisms with the same seeds, and each run is at least 1,500 steps long.
-Questions come in sessions: what one lease of one H100 (`LEASE_MINUTES`) takes, two runs at a time. Three
-seeds of the strongest regime that these find come after them, as a question of their own.
+Questions come in order of importance and in sessions: what one lease (`LEASE_MINUTES`) of a machine of four
+GPUs takes, two runs at a time on each. Three seeds of the strongest regime that these find come after them,
+as a question of their own.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from experiments.cell_transformer import MECHANISMS
+from experiments.command_line import experiment_parser, positive_int
 from experiments.run_config import RunConfig
 
-# Of the thirty that a machine is held, its start and the last call's writing left out.
-LEASE_MINUTES = 26.0
+# Training time of a lease of thirty minutes: what its start, three calls' beginnings and their writing leave.
+LEASE_MINUTES = 24.0
+# What the sessions are made for.
+NUM_GPUS, SIDE_BY_SIDE = 4, 2
 # Measured on an H100 with the probes on: a step of one cell of 8,192 tokens takes the GPU some 0.055 s and
-# the host 0.08 s, so two runs share one GPU well. Starting a run costs imports, cells and Triton's first
-# calls.
+# the host 0.08 s, so two runs share one GPU well. A step of the lead takes it 0.22 s, and a second run would
+# double that. Starting a run costs imports, cells and Triton's first calls.
 GPU_SECONDS_PER_CELL = 0.055
 HOST_SECONDS_PER_BLOCK = 0.08 / 12
 START_SECONDS = 30.0
@@ -37,6 +43,7 @@ class Question:
         prediction: What will be seen if that is so.
         changes: Fields of `RunConfig` that differ from its defaults.
         seeds: One pair of runs, softmax and sigmoid, for each.
+        takes_whole_gpu: Whether a run of it shares its GPU with no other where there are several GPUs.
         may_be_cut: Whether the runs begin even if the lease cannot see their end; they count as far as they
             get.
     """
@@ -47,6 +54,7 @@ class Question:
     prediction: str
     changes: dict[str, Any]
     seeds: tuple[int, ...] = (0,)
+    takes_whole_gpu: bool = False
     may_be_cut: bool = False
 
     def runs(self) -> list[RunConfig]:
@@ -71,46 +79,30 @@ QUESTIONS: tuple[Question, ...] = (
         "100-300, entropy below 0.1 nats in layer 1 first; no sustained factor of 1e4. Sigmoid: no spike "
         "above 10 x, validation loss lower by 0.1 nats and more.",
         {"batch_size": 4, "steps": 6000},
+        takes_whole_gpu=True,
         may_be_cut=True,
     ),
     Question(
         "healthy-ranks",
-        2,
+        1,
         "Clipped at 1 and at a moderate rate both mechanisms learn the task, so that what goes wrong "
         "elsewhere is the regime's fault and not the harness's.",
-        "Validation cross-entropy at least 0.3 nats below the unigram one, 6 of 6 runs. (Unigram 9.205; "
-        "leaving out the genes that a cell shows and guessing by frequency would reach 7.97.)",
+        "Validation cross-entropy at least 0.3 nats below the unigram one, 6 of 6 runs. (Unigram 9.207; "
+        "leaving out the genes that a cell shows and guessing by frequency would reach 7.94.)",
         {"learning_rate": 5e-4, "schedule": "cosine", "clip_norm": 1.0, "batch_size": 2, "steps": 2000},
         seeds=(0, 1, 2),
     ),
     Question(
-        "healthy-values",
-        3,
-        "The same of masked-value regression.",
-        "Explained variance above 0.2, 6 of 6 runs. (Each gene's mean alone explains 0.64.)",
-        {"task": "values", "learning_rate": 3e-4, "clip_norm": 1.0},
-        seeds=(0, 1, 2),
-    ),
-    Question(
         "rate-1e-3",
-        3,
+        1,
         "The lead's rate at a quarter of its batch: noisier gradients, the same collapse.",
         "No explosion; softmax's largest sustained factor is 2 to 10 times sigmoid's.",
         {"learning_rate": 1e-3},
         seeds=(0, 1, 2),
     ),
     Question(
-        "rate-1e-2",
-        4,
-        "Ten times the rate drives both out of health: softmax to one-hot rows, sigmoid to saturation.",
-        "Neither learns (both within 0.05 nats of the unigram loss). Softmax's level after step 300 is 1 "
-        "to 2 orders above sigmoid's; neither reaches a sustained 1e4.",
-        {"learning_rate": 1e-2},
-        seeds=(0, 1, 2),
-    ),
-    Question(
         "rate-3e-3",
-        4,
+        1,
         "Between the two lies softmax's largest stable rate, and not yet sigmoid's.",
         "Softmax fails to learn in at least 2 of 3 seeds, sigmoid learns in at least 2 of 3.",
         {"learning_rate": 3e-3},
@@ -118,7 +110,7 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     Question(
         "no-warm-up-1e-3",
-        5,
+        2,
         "Without warm-up Adam's first full-size steps throw the weights far out for both alike; what follows "
         "depends on where they land.",
         "A first-steps transient of 2 to 4 orders in both, over within 10 steps; afterwards as rate-1e-3.",
@@ -126,8 +118,17 @@ QUESTIONS: tuple[Question, ...] = (
         seeds=(0, 1, 2),
     ),
     Question(
+        "rate-1e-2",
+        2,
+        "Ten times the rate drives both out of health: softmax to one-hot rows, sigmoid to saturation.",
+        "Neither learns (both within 0.05 nats of the unigram loss). Softmax's level after step 300 is 1 "
+        "to 2 orders above sigmoid's; neither reaches a sustained 1e4.",
+        {"learning_rate": 1e-2},
+        seeds=(0, 1, 2),
+    ),
+    Question(
         "no-warm-up-1e-2",
-        5,
+        2,
         "As before, at the rate where sixteen short runs of regression came nearest to an explosion.",
         "Softmax's median gradient norm is 1 to 2 orders above sigmoid's; no healthy baseline in either, "
         "so no explosion by the definition.",
@@ -135,15 +136,23 @@ QUESTIONS: tuple[Question, ...] = (
         seeds=(0, 1, 2),
     ),
     Question(
+        "healthy-values",
+        2,
+        "The same of masked-value regression.",
+        "Explained variance above 0.2, 6 of 6 runs. (Each gene's mean alone explains 0.67.)",
+        {"task": "values", "learning_rate": 3e-4, "clip_norm": 1.0},
+        seeds=(0, 1, 2),
+    ),
+    Question(
         "bfloat16-weights",
-        4,
+        2,
         "Weights and moments in bfloat16 lose the small updates that keep logits in bounds.",
         "Both learn more slowly than rate-1e-3; softmax's max logit grows no faster. No explosion.",
         {"precision": "bfloat16"},
     ),
     Question(
         "init-0.1",
-        5,
+        2,
         "Five times GPT-2's standard deviation is 25 times the logits at the start: softmax begins "
         "collapsed, sigmoid begins saturated where its bias does not hold.",
         "Softmax's first-steps transient exceeds sigmoid's by an order; neither learns in 1,500 steps.",
@@ -151,28 +160,28 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     Question(
         "beta2-0.9999",
-        6,
+        2,
         "A long second moment lags behind growing gradients: larger relative updates at every spike.",
         "Softmax's spikes grow (largest factor above that of rate-1e-3, seed 0), sigmoid's do not.",
         {"betas": (0.9, 0.9999)},
     ),
     Question(
         "beta2-0.95",
-        6,
+        2,
         "A short second moment follows the gradients and so damps spikes (Wortsman et al. 2304.13013).",
         "Fewer factors above 10 than rate-1e-3, seed 0, in softmax; no change in sigmoid.",
         {"betas": (0.9, 0.95)},
     ),
     Question(
         "eps-1e-15",
-        6,
+        2,
         "With gradients of 0.2 over 160 million weights, ε = 1e-8 matters for the smallest entries alone.",
         "No difference from rate-1e-3, seed 0, in either mechanism.",
         {"eps": 1e-15},
     ),
     Question(
         "post-ln",
-        6,
+        2,
         "Post-LN gradients grow towards the output at the start (Xiong et al. 2002.04745): less room for a "
         "collapsed layer.",
         "Softmax stops learning (within 0.05 nats of unigram); sigmoid may as well. No sustained 1e4.",
@@ -180,21 +189,21 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     Question(
         "deep",
-        6,
+        2,
         "21 layers of 768 in place of 12 of 1,024: gains multiply over more layers.",
         "Softmax's largest factor is 3 times that of rate-1e-3, seed 0, or more; sigmoid's is not.",
         {"model": {"num_layers": 21, "embed_dim": 768, "num_heads": 12}},
     ),
     Question(
         "length-512",
-        6,
+        2,
         "Short rows collapse less: entropy starts at 6.2 nats in place of 9.0, and b = −ln n is smaller.",
         "Softmax and sigmoid differ less than in rate-1e-3, seed 0, in gradient factor and in loss.",
         {"tokens": 512, "batch_size": 16},
     ),
     Question(
         "heavy-tails",
-        6,
+        2,
         "Counts as targets: a few cells carry nearly all of the gradient, whatever the mechanism.",
         "Spikes of 2 orders above the median in both; explained variance lower than in healthy-values.",
         {"task": "counts"},
@@ -223,8 +232,15 @@ def planned_runs(preset: str = "160m") -> dict[str, tuple[Question, RunConfig]]:
     for question in sorted(QUESTIONS, key=lambda question: question.session):
         for config in question.runs():
             if preset != "160m":
+                name = f"{preset}-{config.name}"  # so that files tell of which size they are
                 model = {k: v for k, v in config.model.items() if k in ("norm_position", "init_std")}
-                changes = {"preset": preset, "data": "synthetic", "model": model, **SCALES[preset]}
+                changes = {
+                    "name": name,
+                    "preset": preset,
+                    "data": "synthetic",
+                    "model": model,
+                    **SCALES[preset],
+                }
                 if config.precision == "autocast":  # slower than float32 on most CPUs
                     changes["precision"] = "float32"
                 config = replace(config, **changes)
@@ -232,30 +248,70 @@ def planned_runs(preset: str = "160m") -> dict[str, tuple[Question, RunConfig]]:
     return runs
 
 
-def estimated_seconds(config: RunConfig) -> float:
-    """Time that a run trains while it shares its GPU with another one like it.
+def estimated_seconds(config: RunConfig, side_by_side: int = SIDE_BY_SIDE) -> float:
+    """Time that a run trains while it shares its GPU with others like it.
 
     Args:
         config: A run at 160 million parameters.
+        side_by_side: How many runs the GPU has.
 
     Returns:
         Seconds.
     """
     num_layers = config.model.get("num_layers", 12)
-    gpu = 2 * GPU_SECONDS_PER_CELL * config.batch_size * config.tokens / 8192
+    gpu = side_by_side * GPU_SECONDS_PER_CELL * config.batch_size * config.tokens / 8192
     return config.steps * max(gpu, HOST_SECONDS_PER_BLOCK * num_layers)
 
 
-def main() -> int:
-    """Print the plan."""
+def expected_minutes(questions: Sequence[Question], num_gpus: int) -> float:
+    """Time that some questions take, each run beginning where a place is free first.
+
+    Args:
+        questions: In the order of their runs.
+        num_gpus: At least 1, each with `SIDE_BY_SIDE` places.
+
+    Returns:
+        Minutes from the first beginning to the last end.
+    """
+    free_at = [[0.0] * SIDE_BY_SIDE for _ in range(num_gpus)]
+    for question in questions:
+        is_alone = question.takes_whole_gpu and num_gpus > 1
+        for config in question.runs():
+            seconds = START_SECONDS + estimated_seconds(config, 1 if is_alone else SIDE_BY_SIDE)
+            if is_alone:
+                gpu = min(free_at, key=max)
+                gpu[:] = [max(gpu) + seconds] * SIDE_BY_SIDE
+            else:
+                gpu = min(free_at, key=min)
+                gpu[gpu.index(min(gpu))] += seconds
+    return max(map(max, free_at)) / 60
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the plan.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        Exit status 0.
+    """
+    parser = experiment_parser("stress_plan", __doc__)
+    parser.add_argument(
+        "--gpus", type=positive_int, default=NUM_GPUS, help=f"of the machine (default {NUM_GPUS})"
+    )
+    num_gpus = parser.parse_args(arguments).gpus
     sessions = sorted({question.session for question in QUESTIONS})
     all_runs = [config for question in QUESTIONS for config in question.runs()]
     print(f"{len(all_runs)} runs, {sum(run.steps for run in all_runs):,} steps, {len(sessions)} sessions.")
     for session in sessions:
         questions = [question for question in QUESTIONS if question.session == session]
-        runs = [config for question in questions for config in question.runs()]
-        minutes = sum(START_SECONDS + estimated_seconds(config) for config in runs) / 2 / 60
-        print(f"\nSession {session}: {len(runs)} runs, {minutes:.0f} of {LEASE_MINUTES:g} minutes expected")
+        minutes = expected_minutes(questions, num_gpus)
+        num_runs = sum(len(question.runs()) for question in questions)
+        print(
+            f"\nSession {session}: {num_runs} runs, {minutes:.0f} minutes expected on {num_gpus} GPUs; "
+            f"a lease has {LEASE_MINUTES:g} for training"
+        )
         for question in questions:
             changes = ", ".join(f"{name} {value}" for name, value in question.changes.items())
             cut = "; as far as the lease goes" if question.may_be_cut else ""

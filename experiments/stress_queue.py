@@ -1,23 +1,25 @@
-"""Works through the plan's runs in pieces, several side by side, inside one lease of a GPU machine.
+"""Works through the plan's runs in pieces, several side by side on each GPU, within the lease of a machine.
 
-    python -m experiments.stress_queue --session 1 --device cuda --minutes 8.8 --out results
+    python -m experiments.stress_queue --session 1 --device cuda --minutes 8 --lease-minutes 27 --out results
 
-Each call trains for --minutes and leaves checkpoints behind; the same command again continues them. No run
-begins that the lease (which started with the first call) cannot see the end of, except those that the plan
-lets be cut. Every call writes the records that it added to into --out, a few archives, with the ledger of
-all runs so far. Checkpoints stay in --work: a run that a lost machine cuts counts as far as its last
-archive, and begins anew.
+Each call trains for --minutes and leaves checkpoints behind; the same command again continues them. With
+--lease-minutes, counted from the first call in --work, no run begins that the lease cannot see the end of,
+except those that the plan lets be cut. The records of a run go into --out when it is finished, those of runs
+that were cut at the end of the call, with the ledger of all runs so far. Checkpoints stay in --work: a run
+that a lost machine cuts begins anew. SIGTERM ends a call like its time.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,13 +28,17 @@ from typing import Any
 import torch
 
 from experiments.command_line import check_device, experiment_parser, positive_float, positive_int
-from experiments.long_run import RunPaths, add_training_flags
+from experiments.long_run import RunPaths, add_training_flags, finished_facts
 from experiments.run_config import RunConfig
-from experiments.run_records import read_run
+from experiments.run_records import read_facts
+from experiments.stress_archives import Archives
 from experiments.stress_ledger import write_ledger
-from experiments.stress_plan import LEASE_MINUTES, START_SECONDS, Question, estimated_seconds, planned_runs
+from experiments.stress_plan import SIDE_BY_SIDE, START_SECONDS, Question, estimated_seconds, planned_runs
 
-ARCHIVE_BYTES = 15 * 2**20
+# What a run may take beyond the call's end to write its checkpoint, and once more when it is told to stop.
+GRACE_SECONDS = 60.0
+# Every thread pool of a run's process; the runs fill the machine, not their threads.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass
@@ -41,22 +47,24 @@ class Running:
 
     Attributes:
         name: Of the run.
-        slot: Which of the places side by side it has.
+        slots: Which of the places side by side it has.
         process: Its process.
     """
 
     name: str
-    slot: int
+    slots: list[int]
     process: subprocess.Popen[bytes]
 
 
 class Queue:
     """The runs of one call, from the first start to the last end.
 
+    Slot i is a place on GPU i // side_by_side, so that a pair of runs begun together shares a GPU.
+
     Args:
-        runs: What is to be done, in this order.
+        runs: What is to be done, in this order, but what was cut before goes first.
         options: The command line's.
-        num_slots: How many runs are trained side by side.
+        archives: Get the records of the runs.
         num_gpus: Over how many devices they are spread; 0 without.
         lease_ends: In seconds since the epoch.
     """
@@ -65,119 +73,135 @@ class Queue:
         self,
         runs: dict[str, tuple[Question, RunConfig]],
         options: argparse.Namespace,
+        archives: Archives,
         *,
-        num_slots: int,
         num_gpus: int,
         lease_ends: float,
     ) -> None:
-        self.runs, self.options = runs, options
-        self.num_slots, self.num_gpus = num_slots, num_gpus
-        self.lease_ends = lease_ends
+        self.runs, self.options, self.archives = runs, options, archives
+        self.num_gpus, self.lease_ends = num_gpus, lease_ends
+        self.num_slots = options.side_by_side * max(1, num_gpus)
         self.call_ends = min(time.time() + 60 * options.minutes, lease_ends)
         self.running: list[Running] = []
         self.failed: list[str] = []
-        self.pace = self._measured_pace()
-        # A finished run has records and no checkpoint; so has one that another machine cut, which is let be.
-        self.waiting = [name for name in runs if self._is_cut(name) or not self._paths(name).records.exists()]
+        self.finished = self._finished()
+        waiting = [name for name in runs if name not in self.finished]
+        self.waiting = sorted(waiting, key=lambda name: not self._is_cut(name))
 
     def work(self) -> None:
         """Keep every slot busy until the call's time is up or nothing is left that could be begun."""
         try:
-            while True:
+            while time.time() < self.call_ends + GRACE_SECONDS:
                 self._collect()
-                free = sorted(set(range(self.num_slots)) - {run.slot for run in self.running})
-                for slot in free:
-                    if (name := self._next()) is not None:
-                        self._start(name, slot)
+                while (start := self._next()) is not None:
+                    self._start(*start)
                 if not self.running:
                     return
                 time.sleep(0.2)
         finally:
-            for run in self.running:
-                run.process.terminate()
+            self._stop()
+            for _, config in self.runs.values():  # what was cut, or had no room before; most important first
+                records = self._paths(config).records
+                if records.exists():
+                    self.archives.add(records, read_facts(records)["steps"])
 
-    def _next(self) -> str | None:
+    def _next(self) -> tuple[str, list[int]] | None:
+        """What to start now, and on which slots."""
         now = time.time()
         if self.call_ends - now < START_SECONDS:
             return None
+        pace = self._measured_pace()
         for name in self.waiting:
-            question, config = self.runs[name]
-            seconds = START_SECONDS + estimated_seconds(config) * self.pace
-            if self._is_cut(name) or question.may_be_cut or now + seconds <= self.lease_ends:
-                return name
+            question, _ = self.runs[name]
+            seconds = START_SECONDS + self._estimated_seconds(name) * pace
+            may_begin = self._is_cut(name) or question.may_be_cut or now + seconds <= self.lease_ends
+            if may_begin and (slots := self._free_slots(question)):
+                return name, slots
         return None
 
-    def _start(self, name: str, slot: int) -> None:
-        options = self.options
+    def _free_slots(self, question: Question) -> list[int]:
+        taken = {slot for run in self.running for slot in run.slots}
+        width = self.options.side_by_side if self._is_alone(question) else 1
+        for first in range(0, self.num_slots, width):
+            slots = list(range(first, first + width))
+            if not taken.intersection(slots):
+                return slots
+        return []
+
+    def _start(self, name: str, slots: list[int]) -> None:
+        options, paths = self.options, self._paths(self.runs[name][1])
         self.waiting.remove(name)
         minutes = (self.call_ends - time.time()) / 60
         command: list[Any] = [sys.executable, "-m", "experiments.long_run", name]
         command += ["--preset", options.preset, "--device", options.device, "--minutes", f"{minutes:.3f}"]
         command += ["--cells", options.cells, "--work", options.work, "--threads", options.threads]
-        environment = dict(os.environ)
-        if self.num_gpus > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.num_gpus)
-        with (options.work / f"{name}.log").open("ab") as log:
+        environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(options.threads))
+        if self.num_gpus > 0:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            gpus = visible.split(",") if visible else [str(gpu) for gpu in range(self.num_gpus)]
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[slots[0] // options.side_by_side]
+        with paths.log.open("ab") as log:
             process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
-        self.running.append(Running(name, slot, process))
-        print(f"{time.strftime('%H:%M:%S')} slot {slot}: {name}", flush=True)
+        self.running.append(Running(name, slots, process))
+        self._say(slots, name)
 
-    def _collect(self) -> None:
+    def _collect(self, *, is_told: bool = False) -> None:
+        """Take up what the runs that ended leave; those that were told to end have not failed."""
         for run in list(self.running):
             if (status := run.process.poll()) is None:
                 continue
             self.running.remove(run)
-            self.pace = self._measured_pace()
-            print(f"{time.strftime('%H:%M:%S')} slot {run.slot}: {run.name} ended ({status})", flush=True)
-            if status:
+            self._say(run.slots, f"{run.name} ended ({status})")
+            _, config = self.runs[run.name]
+            paths = self._paths(config)
+            if (facts := finished_facts(config, self.options.work)) is not None:
+                self.finished[run.name] = facts
+                self.archives.add(paths.records, facts["steps"])
+            elif status and not is_told:
                 self.failed.append(run.name)
-                log = self.options.work / f"{run.name}.log"
-                print(log.read_text(errors="replace")[-3000:], flush=True)
+                print(paths.log.read_text(errors="replace")[-3000:], flush=True)
+
+    def _stop(self) -> None:
+        """End what is still running, after its checkpoint if it can write one."""
+        for run in self.running:
+            run.process.terminate()
+        ends = time.monotonic() + GRACE_SECONDS
+        for run in self.running:
+            try:
+                run.process.wait(max(0.0, ends - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                run.process.kill()
+                run.process.wait()
+        self._collect(is_told=True)
+
+    def _finished(self) -> dict[str, dict[str, Any]]:
+        facts = {name: finished_facts(config, self.options.work) for name, (_, config) in self.runs.items()}
+        return {name: known for name, known in facts.items() if known is not None}
 
     def _measured_pace(self) -> float:
         """Measured over estimated training time, from the runs that are finished."""
         ratios = []
-        for name, (_, config) in self.runs.items():
-            records = self._paths(name).records
-            if records.exists() and not self._is_cut(name):
-                facts = read_run(records).facts
-                share = facts["steps"] / config.steps  # below 1 where the loss was no finite number
-                ratios.append(facts["seconds"] / (share * estimated_seconds(config)))
+        for name, facts in self.finished.items():
+            share = facts["steps"] / self.runs[name][1].steps  # below 1 where the loss was no finite number
+            ratios.append(facts["seconds"] / (share * self._estimated_seconds(name)))
         return median(ratios) if ratios else 1.0
 
+    def _estimated_seconds(self, name: str) -> float:
+        question, config = self.runs[name]
+        return estimated_seconds(config, 1 if self._is_alone(question) else self.options.side_by_side)
+
+    def _is_alone(self, question: Question) -> bool:
+        return question.takes_whole_gpu and self.num_gpus > 1
+
     def _is_cut(self, name: str) -> bool:
-        return self._paths(name).checkpoint.exists()
+        return self._paths(self.runs[name][1]).checkpoint.exists()
 
-    def _paths(self, name: str) -> RunPaths:
-        return RunPaths.of(name, self.options.work)
+    def _paths(self, config: RunConfig) -> RunPaths:
+        return RunPaths.of(config, self.options.work)
 
-
-def pack(files: Sequence[Path], out: Path, stamp: str) -> list[Path]:
-    """Put files into archives of at most `ARCHIVE_BYTES` each (a larger file has one of its own).
-
-    Args:
-        files: Compressed already.
-        out: Folder of the archives.
-        stamp: Part of their names.
-
-    Returns:
-        The archives.
-    """
-    groups: list[list[Path]] = []
-    size = 0
-    for file in files:
-        if not groups or size + file.stat().st_size > ARCHIVE_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(file)
-        size += file.stat().st_size
-    archives = []
-    for number, group in enumerate(groups):
-        archives.append(out / f"runs-{stamp}-{number}.zip")
-        with zipfile.ZipFile(archives[-1], "w", zipfile.ZIP_STORED) as archive:
-            for file in group:
-                archive.write(file, file.name)
-    return archives
+    def _say(self, slots: list[int], text: str) -> None:
+        gpu = f"GPU {slots[0] // self.options.side_by_side}" if self.num_gpus else "CPU"
+        print(f"{time.strftime('%H:%M:%S')} {gpu}, slot {slots[0]}: {text}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -190,30 +214,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 if a run failed, 2 for input that cannot be used.
     """
     options = parse_arguments(arguments)
-    began = time.time()
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    lease = options.work / "lease"  # its age is that of the first call on this machine
+    with (options.work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"stress_queue: another queue works in {options.work}; wait for its end", file=sys.stderr)
+            return 2
+        try:
+            return _work(options)
+        except (OSError, ValueError) as error:
+            print(f"stress_queue: {error}", file=sys.stderr)
+            return 2
+
+
+def _work(options: argparse.Namespace) -> int:
+    stamp = time.strftime("%H%M%S", time.gmtime())
+    archives = Archives(options.out, stamp, options.work / "carried.json")
+    num_gpus = torch.cuda.device_count() if options.device == "cuda" else 0
+    lease_ends = _lease_ends(options)
+    queue = Queue(options.planned, options, archives, num_gpus=num_gpus, lease_ends=lease_ends)
+    try:
+        with _sigterm_exits():
+            queue.work()
+    finally:
+        records = [RunPaths.of(config, options.work).records for _, config in options.planned.values()]
+        if written := [file for file in records if file.exists()]:
+            print(write_ledger(written, options.out))
+        left = [name for name in options.planned if name not in queue.finished]
+        print(f"{len(archives.paths)} archives in {options.out}. Left: {', '.join(left) or 'nothing'}.")
+        if archives.left_out:
+            names = ", ".join(file.name for file in archives.left_out)
+            print(f"No room in this call's archives for {names}; the next call carries them.")
+        if queue.failed:
+            print(f"Failed: {', '.join(queue.failed)}.")
+    return 1 if queue.failed else 0
+
+
+def _lease_ends(options: argparse.Namespace) -> float:
+    """In seconds since the epoch; the lease begins with the first call that names one."""
+    if options.lease_minutes is None:
+        return float("inf")
+    lease = options.work / "lease"
     if not lease.exists():
         lease.touch()
-    lease_ends = lease.stat().st_mtime + 60 * options.lease_minutes
-    num_gpus = torch.cuda.device_count() if options.device == "cuda" else 0
-    queue = Queue(
-        options.planned,
-        options,
-        num_slots=options.side_by_side * max(1, num_gpus),
-        num_gpus=num_gpus,
-        lease_ends=lease_ends,
-    )
-    queue.work()
-    records = [RunPaths.of(name, options.work).records for name in options.planned]
-    changed = [file for file in records if file.exists() and file.stat().st_mtime >= began]
-    archives = pack(changed, options.out, time.strftime("%H%M%S", time.gmtime(began)))
-    if any(file.exists() for file in records):
-        print(write_ledger([file for file in records if file.exists()], options.out))
-    left = [name for name in options.planned if not _is_finished(name, options.work)]
-    print(f"{len(archives)} archives in {options.out}. Left: {', '.join(left) or 'nothing'}.")
-    return 1 if queue.failed else 0
+    ends = lease.stat().st_mtime + 60 * options.lease_minutes
+    left = (ends - time.time()) / 60
+    if left > 0:
+        print(f"{left:.1f} minutes of the lease are left.", flush=True)
+    else:
+        print(
+            f"The lease of {options.lease_minutes:g} minutes is over since {-left:.1f} minutes: nothing "
+            f"begins. Remove {lease} for a new one, or leave --lease-minutes out.",
+            flush=True,
+        )
+    return ends
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """Let SIGTERM end the program the way Ctrl-C does, through every `finally`."""
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -234,12 +305,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     chosen.add_argument("--runs", nargs="+", help="names of runs, in place of sessions")
     add("--out", type=Path, default=Path("runs/results"), help="archives and ledger (default runs/results)")
-    add("--side-by-side", type=positive_int, default=2, help="runs that share a device (default 2)")
+    add("--side-by-side", type=positive_int, default=SIDE_BY_SIDE, help="runs that share a GPU (default 2)")
     add(
         "--lease-minutes",
         type=positive_float,
-        default=LEASE_MINUTES,
-        help=f"how long the machine is held from the first call on (default {LEASE_MINUTES:g})",
+        help="how long the machine is held from the first call on: what would outlast it is not begun "
+        "(default: no end)",
     )
     options = parser.parse_args(arguments)
     check_device(parser, options.device)
@@ -261,11 +332,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             f"`python -m experiments.prepare_cells --out {options.cells}` and take the file along"
         )
     return options
-
-
-def _is_finished(name: str, work: Path) -> bool:
-    paths = RunPaths.of(name, work)
-    return paths.records.exists() and not paths.checkpoint.exists()
 
 
 if __name__ == "__main__":

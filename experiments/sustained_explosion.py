@@ -4,24 +4,30 @@ The short ladder of `experiments/explosion.py` compares runs with each other; a 
 of its own. All numbers are global gradient norms as the optimizer receives them; the loss is the training
 loss.
 
-* **Baseline**: median gradient norm of steps 100 to 300, if the run is healthy there: every loss and
-  gradient of the first 300 steps is finite, no norm of steps 100 to 300 exceeds `CALM` times that median,
-  and the loss of steps 250 to 300 lies below that of the first ten. A run without it cannot explode by this
-  definition.
+* **Baseline**: median gradient norm of steps 100 to 300. It is **healthy** if every loss and gradient of the
+  first 300 steps is finite, no norm of steps 100 to 300 exceeds `CALM` times that median, and the loss of
+  steps 250 to 300 lies below that of the first ten. A run without a healthy baseline keeps its numbers and
+  cannot explode by this definition.
 * **First steps**: log10(largest norm of the first 100 steps / baseline), a column of its own.
 * **Peak**: log10(largest norm after step 300 / baseline); a norm that is no finite number counts as infinite.
 * **Sustained**: log10(the largest level that `SUSTAINED_STEPS` consecutive norms after step 300 all reach /
-  baseline). **Exploded** means 4 or more; lower orders are reported as they are.
+  baseline). **Exploded** means 4 or more, over a healthy baseline; lower orders are reported as they are.
 * **Diverged at**: the first step with a loss or norm that is no finite number, or where an explosion begins.
 * **First layer**: after step 300, the layer that was first to stay `SUSTAINED_STEPS` steps at 10ᵏ times its
   own median of steps 100 to 300, where k is the run's sustained order rounded down, at least 1 and at most
-  4.
+  4; of several at one step the one that is farthest above. A layer whose median is zero has no say.
 * **Gain**: what the model knows beyond the task's reference at the last validation: for cross-entropy, nats
   below the unigram cross-entropy of the training cells; for regression, explained variance.
+* **Learned**: at the last validation the loss lies `LEAST_GAIN` (nats, or shares of the variance) and more
+  below what a hidden token can know without attention (a gene's frequency at its rank; its mean value).
+  Below that, nothing of the cell is known, however calm the run.
+* **Collapsed**: in half of the attention layers and more, at the last measurement, softmax rows have less
+  than 0.1 nats of entropy, or more than half of the sigmoid weights exceed 0.99. Their Jacobians vanish, so
+  being calm says nothing of the mechanism.
+* **Healthy run**: it learned, and its gain reaches 0.3 nats or 0.2 of the variance.
 
 Verdicts, the first that applies: *exploded*; *not finite* (without a sustained explosion before); *too short*
-(fewer than 300 steps, or no validation); *no baseline*; *failed* (gain below `LEAST_GAIN`: a run that is calm
-because it is saturated or predicts the mean has not withstood anything); *learned*.
+(fewer than 300 steps, or no validation); *failed: collapsed*; *failed: not learned*; *learned*.
 """
 
 from __future__ import annotations
@@ -42,8 +48,11 @@ LEAST_GAIN = 0.05
 HEALTHY_GAIN = {"cross-entropy, nats": 0.3, "mean squared error": 0.2}
 COLLAPSED_ENTROPY = 0.1  # nats
 SATURATED_SHARE = 0.5
+COLLAPSED_SHARE = 0.5  # of the attention layers
 
-Verdict = Literal["exploded", "not finite", "too short", "no baseline", "failed", "learned"]
+Verdict = Literal[
+    "exploded", "not finite", "too short", "failed: collapsed", "failed: not learned", "learned"
+]
 FloatArray = NDArray[np.float64]
 
 
@@ -53,6 +62,7 @@ class LongJudgement:
 
     Attributes:
         baseline: See the module's definitions, like the other names.
+        has_baseline: Whether it is healthy.
         first_steps: Orders of magnitude.
         peak: Orders of magnitude.
         sustained: Orders of magnitude.
@@ -62,13 +72,13 @@ class LongJudgement:
         train_loss: Mean of the last tenth of the steps.
         validation_loss: At the last validation.
         gain: Nats or share of variance.
-        is_healthy: Whether the gain reaches what a healthy run is asked for.
-        collapsed_layers: Share of attention layers whose entropy at the last measurement is below 0.1 nats
-            (softmax) or with more than half of their weights above 0.99 (sigmoid).
+        is_healthy: Whether the run learned as much as a healthy one is asked for.
+        collapsed_layers: Share of the attention layers.
         verdict: See the module's definitions.
     """
 
     baseline: float | None
+    has_baseline: bool
     first_steps: float | None
     peak: float | None
     sustained: float | None
@@ -96,21 +106,24 @@ def judge_long_run(run: RecordedRun) -> LongJudgement:
         Own definitions, fixed in this module's docstring.
     """
     norms, losses = run.values("grad_norm"), run.values("loss")
-    baseline = _baseline(norms, losses)
+    baseline = _median(norms)
+    has_baseline = baseline is not None and _is_healthy_past(norms, losses, baseline)
     first_steps = peak = sustained = None
     later = _no_nan(norms[BASELINE.stop :])
     begins: int | None = None
     if baseline is not None:
-        first_steps = _orders(norms[: BASELINE.start].max(), baseline)
+        first_steps = _orders(_no_nan(norms[: BASELINE.start]).max(), baseline)
         if len(later) >= SUSTAINED_STEPS:
             peak = _orders(later.max(), baseline)
             sustained = _orders(_sustained(later).max(), baseline)
-            begins = _first_step(later, baseline * EXPLOSION_FACTOR)
+            begins = _first_step(later, baseline * EXPLOSION_FACTOR) if has_baseline else None
     count = min(len(norms), len(losses))
     not_finite = np.flatnonzero(~np.isfinite(norms[:count]) | ~np.isfinite(losses[:count]))
     stops = [step for step in (begins, *not_finite[:1].tolist()) if step is not None]
     validation = [loss for _, loss in run.facts["validation"]]
     gain = _gain(run, validation[-1]) if validation else None
+    collapsed_layers = _collapsed_layers(run)
+    has_learned = gain is not None and gain - _gain(run, run.facts["without_attention"]) >= LEAST_GAIN
     first_layer, went_at = _first_layer(run, sustained)
     verdict: Verdict
     if begins is not None:
@@ -119,14 +132,15 @@ def judge_long_run(run: RecordedRun) -> LongJudgement:
         verdict = "not finite"
     elif len(norms) < BASELINE.stop or gain is None:
         verdict = "too short"
-    elif baseline is None:
-        verdict = "no baseline"
-    elif not gain >= LEAST_GAIN:
-        verdict = "failed"
+    elif collapsed_layers is not None and collapsed_layers >= COLLAPSED_SHARE:
+        verdict = "failed: collapsed"
+    elif not has_learned:
+        verdict = "failed: not learned"
     else:
         verdict = "learned"
     return LongJudgement(
         baseline=baseline,
+        has_baseline=has_baseline,
         first_steps=first_steps,
         peak=peak,
         sustained=sustained,
@@ -136,22 +150,24 @@ def judge_long_run(run: RecordedRun) -> LongJudgement:
         train_loss=float(losses[-max(10, len(losses) // 10) :].mean()) if len(losses) else None,
         validation_loss=validation[-1] if validation else None,
         gain=gain,
-        is_healthy=gain is not None and gain >= HEALTHY_GAIN[run.facts["metric"]],
-        collapsed_layers=_collapsed_layers(run),
+        is_healthy=verdict == "learned" and gain is not None and gain >= HEALTHY_GAIN[run.facts["metric"]],
+        collapsed_layers=collapsed_layers,
         verdict=verdict,
     )
 
 
-def _baseline(norms: FloatArray, losses: FloatArray) -> float | None:
-    past_norms, past_losses = norms[: BASELINE.stop], losses[: BASELINE.stop]
-    if min(len(past_norms), len(past_losses)) < BASELINE.stop:
-        return None
-    if not (np.isfinite(past_norms).all() and np.isfinite(past_losses).all()):
-        return None
-    median = float(np.median(norms[BASELINE]))
+def _median(norms: FloatArray) -> float | None:
+    """Of steps 100 to 300; None where they were not reached, or where it is no positive number."""
+    median = float(np.median(norms[BASELINE])) if len(norms) >= BASELINE.stop else 0.0
+    return median if 0 < median < np.inf else None
+
+
+def _is_healthy_past(norms: FloatArray, losses: FloatArray, median: float) -> bool:
+    norms, losses = norms[: BASELINE.stop], losses[: BASELINE.stop]
+    is_finite = np.isfinite(norms).all() and np.isfinite(losses).all()
     is_calm = norms[BASELINE].max() <= CALM * median
-    has_begun_to_learn = past_losses[-50:].mean() < past_losses[:10].mean()
-    return median if is_calm and has_begun_to_learn and median > 0 else None
+    has_begun_to_learn = losses[-50:].mean() < losses[:10].mean()
+    return bool(is_finite and is_calm and has_begun_to_learn)
 
 
 def _no_nan(norms: FloatArray) -> FloatArray:
@@ -186,12 +202,14 @@ def _first_layer(run: RecordedRun, sustained: float | None) -> tuple[str | None,
     crossings = []
     for layer in run.layers("grad_norm"):
         norms = run.values("grad_norm", layer)
-        begins = _first_step(_no_nan(norms[BASELINE.stop :]), factor * float(np.median(norms[BASELINE])))
-        if begins is not None:
-            crossings.append((begins, layer))
+        later = _no_nan(norms[BASELINE.stop :])
+        median = float(np.median(norms[BASELINE]))
+        if median > 0 and (begins := _first_step(later, factor * median)) is not None:
+            excess = later[begins - BASELINE.stop :][:SUSTAINED_STEPS].min() / median
+            crossings.append((begins, -float(excess), layer))
     if not crossings:
         return None, 0
-    step, layer = min(crossings)
+    step, _, layer = min(crossings)
     return layer, step
 
 

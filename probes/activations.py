@@ -130,9 +130,13 @@ class Activations:
         if watched is not None and watched.tensor() is tensor and watched.version == tensor._version:
             return watched.series
         series: list[Series] = []
-        handle = tensor.register_hook(
-            lambda gradient: self._guard("gradients", self.measure_gradient, gradient, series)
-        )
+
+        def hook(gradient: Tensor | None) -> None:
+            # None: of a call's several outputs (`chunk`, `unbind`), the loss does not depend on this one.
+            if gradient is not None:
+                self._guard("gradients", self.measure_gradient, gradient, series)
+
+        handle = tensor.register_hook(hook)
         if tensor.is_leaf:
             self._leaf_hooks.append(handle)
         self._watched[id(tensor)] = _Watched(weakref.ref(tensor), tensor._version, series)

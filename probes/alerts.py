@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from probes.failures import stacklevel_of_script
 from stability.divergence import Alert
 
 OnDivergence = str | Callable[[Alert], None]
@@ -19,6 +20,18 @@ class DivergenceError(RuntimeError):
 
     Attributes:
         alert: The verdict.
+
+    Example:
+        >>> import torch, probes
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> try:
+        ...     with probes.attach(model, optimizer, on_divergence="raise") as probe:
+        ...         model(torch.full((1, 2), torch.nan)).sum().backward()
+        ...         optimizer.step()
+        ... except probes.DivergenceError as error:
+        ...     print(error.alert.kind, error.alert.layer, error.alert.step)
+        non-finite (root) 0
     """
 
     def __init__(self, alert: Alert, remark: str = "") -> None:
@@ -27,7 +40,20 @@ class DivergenceError(RuntimeError):
 
 
 class DivergenceWarning(UserWarning):
-    """A detector's verdict, as a Python warning."""
+    """A detector's verdict, as a Python warning.
+
+    Example:
+        >>> import warnings, torch, probes
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always", probes.DivergenceWarning)
+        ...     with probes.attach(model, optimizer) as probe:
+        ...         model(torch.full((1, 2), torch.nan)).sum().backward()
+        ...         optimizer.step()
+        >>> [warning.category.__name__ for warning in caught]
+        ['DivergenceWarning']
+    """
 
 
 class AlertAction:
@@ -89,7 +115,7 @@ class AlertAction:
             if kind not in self._warned:
                 self._warned.add(kind)
                 _print(alert, remark)
-                warnings.warn(f"{alert}{remark}", DivergenceWarning, stacklevel=2)
+                warnings.warn(f"{alert}{remark}", DivergenceWarning, stacklevel=stacklevel_of_script())
 
 
 def _print(alert: Alert, remark: str) -> None:

@@ -137,6 +137,9 @@ def attach(
     if attention_rows is not None:
         _check_count("attention_rows", attention_rows, minimum=1)
     _check_optimizers(optimizers, model)
+    _check_members("sinks", sinks, Sink, "probes.sinks.JsonLinesSink(path)")
+    if detectors is not None:
+        _check_members("detectors", detectors, Detector, "stability.divergence.NonFiniteDetector()")
     if hparams is not None:
         check_hparams(hparams)
     schedule = Schedule(
@@ -169,7 +172,7 @@ def attach(
     if not is_writer:
         log_dir, sinks = None, ()
     if log_dir is not None:  # after every check: a refused call leaves no directory behind
-        log_dir = Path(log_dir)
+        log_dir = Path(log_dir).absolute()  # the script may go to another directory
         configuration = _configuration(model, optimizers, schedule)
         sinks = (
             TensorBoardSink(
@@ -250,6 +253,11 @@ def _check_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> None
         raise ValueError("`optimizer` names one optimizer twice; name each once.")
     parameters = set(model.parameters())
     for optimizer in optimizers:
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # Accelerate's wrapper, which has no hooks
+            raise ValueError(
+                f"`optimizer` must be the one that updates the weights; this {type(optimizer).__name__} "
+                "wraps it. Give that one: optimizer.optimizer."
+            )
         if not any(
             parameter in parameters for group in optimizer.param_groups for parameter in group["params"]
         ):
@@ -280,3 +288,15 @@ def _check_count(name: str, value: object, *, minimum: int) -> None:
         raise TypeError(f"`{name}` must be an integer; got {value!r}.")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}; got {value}.")
+
+
+def _check_members(name: str, members: object, protocol: type, example: str) -> None:
+    methods = [method for method in vars(protocol) if not method.startswith("_")]
+    expected = f"`{name}` must be a list of objects with {', '.join(methods)}, such as [{example}]"
+    if not isinstance(members, Sequence) or isinstance(members, str):
+        raise TypeError(f"{expected}; got {type(members).__name__}.")
+    for member in members:
+        if isinstance(member, type):
+            raise TypeError(f"{expected}; got the class {member.__name__} itself.")
+        if not all(callable(getattr(member, method, None)) for method in methods):
+            raise TypeError(f"{expected}; one of them is {type(member).__name__}.")

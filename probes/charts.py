@@ -57,15 +57,17 @@ class Scale(NamedTuple):
 
     def share(self, values: np.ndarray) -> np.ndarray:
         """0 at the low end, 1 at the high one, ½ where they are the same; of finite values."""
-        if self.high == self.low:
+        half = self.high / 2 - self.low / 2  # the whole may be more than float64 holds
+        if half == 0:
             return np.full(values.shape, 0.5)
         scaled = np.log10(np.maximum(values, 10**self.low)) if self.is_log else values
-        return np.clip((scaled - self.low) / (self.high - self.low), 0, 1)
+        return np.clip((scaled / 2 - self.low / 2) / half, 0, 1)
 
     def value(self, share: float) -> float:
         """What stands at a share."""
-        scaled = self.low + share * (self.high - self.low)
-        return float(10**scaled) if self.is_log else scaled
+        scaled = (1 - share) * self.low + share * self.high
+        with np.errstate(over="ignore"):
+            return float(min(np.float64(10) ** scaled, np.finfo(np.float64).max)) if self.is_log else scaled
 
 
 def heat_map(chart: HeatMap) -> str:

@@ -83,8 +83,8 @@ class CompiledLayers:
 
 
 def _show_gradient(tensor: Tensor, number: int, what: str, layer: str, call: int) -> None:
-    def hook(gradient: Tensor) -> None:
-        torch.ops.probes.show(gradient, number, what, layer, call)
+    def hook(gradient: Tensor | None) -> None:
+        torch.ops.probes.show_gradient(gradient, number, what, layer, call)
 
     tensor.register_hook(hook)
 
@@ -97,3 +97,17 @@ def _show(tensor: Tensor, number: int, what: str, layer: str, call: int) -> None
 
 
 keep_in_graphs(_show)
+
+
+# A gradient is None at an output that the loss does not depend on. A traced hook cannot ask for that, and
+# inductor frees a tensor too early around an operator that is given None alone. Being composite, this one is
+# taken apart while the backward graph is traced, and leaves nothing there for None.
+torch.library.define(
+    "probes::show_gradient", "(Tensor? gradient, int number, str what, str layer, int call) -> ()"
+)
+
+
+@torch.library.impl("probes::show_gradient", "CompositeImplicitAutograd")
+def _show_gradient_if_any(gradient: Tensor | None, number: int, what: str, layer: str, call: int) -> None:
+    if gradient is not None:
+        torch.ops.probes.show(gradient, number, what, layer, call)

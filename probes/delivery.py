@@ -178,6 +178,15 @@ class Delivery:
         else:
             self._put_off.append(verdict)
 
+    def abandon(self) -> None:
+        """Writes the numbers in flight without judging them: the training goes back to before their step."""
+        arrived, self._in_flight = self._in_flight, None
+        records = self._arrive(arrived)
+        if records is not None:
+            self._write(records)
+        self._judged = None
+        self._unjudged = {}
+
     def _start(self, step: int, pending: Pending, judged: _Judged | None) -> _InFlight | None:
         if self._ranks is not None:  # may fail: without this rank the others would wait for ever
             return _InFlight(self._ranks.start(step, pending, is_rest=judged is not None), judged)

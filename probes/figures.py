@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 120
+_LARGEST = 1e100
 _DASHES = ("-", "--", ":", "-.")
 _COLOURS = ("#222222", "#2f86d6", "#c9700a", "#c2559b")
 
@@ -65,19 +66,22 @@ def _heat_map(chart: HeatMap) -> Figure:
         )
         _name_steps(axes, columns, panel.step, max(2, 6 // len(chart.panels)))
         if len(chart.panels) > 1:
-            axes.set_title(charts.shortened(panel.name, 90 // len(chart.panels)), fontsize=9, pad=16)
+            axes.set_title(
+                charts.shortened(panel.name, 90 // len(chart.panels)), fontsize=9, pad=16, parse_math=False
+            )
     pointed = {panel.layer for panel in chart.panels}
     labels = zip(chart.layers, charts.row_labels(chart.layers), strict=True)
     names = [f"{label} ▶" if layer in pointed else label for layer, label in labels]
-    all_axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    all_axes[0].set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     for label, layer in zip(all_axes[0].get_yticklabels(), chart.layers, strict=True):
         label.set_fontweight("bold" if layer in pointed else "normal")
-    figure.suptitle(charts.title(chart, scale.is_log), fontsize=10)
+    figure.suptitle(charts.title(chart, scale.is_log), fontsize=10, parse_math=False)
     if scale.has_values:
-        low, high = scale.value(0.0), scale.value(1.0)
+        low, high = _drawable(np.array([scale.value(0.0), scale.value(1.0)]), is_log=scale.is_log)
         norm = LogNorm if scale.is_log and high > low else Normalize
         shades = ScalarMappable(norm(low, high), ListedColormap(palette()[1 : NUM_COLOURS + 1] / 255))
-        figure.colorbar(shades, ax=list(all_axes), label=f"{chart.quantity} ({chart.unit})", pad=0.01)
+        bar = figure.colorbar(shades, ax=list(all_axes), pad=0.01)
+        bar.set_label(f"{chart.quantity} ({chart.unit})", parse_math=False)
     return figure
 
 
@@ -91,7 +95,7 @@ def _curves(chart: Curves) -> Figure:
         finite = np.isfinite(curve.series.values)
         axes.plot(
             column,
-            np.where(finite, curve.series.values, np.nan),
+            np.where(finite, _drawable(curve.series.values, is_log=chart.is_log), np.nan),
             color=_COLOURS[index % len(_COLOURS)],
             linestyle=_DASHES[index % len(_DASHES)],
             label=curve.name,
@@ -100,13 +104,19 @@ def _curves(chart: Curves) -> Figure:
             axes.text(x, 0.98, "×", transform=axes.get_xaxis_transform(), ha="center", va="top")
     if chart.is_log:
         axes.set_yscale("log")
-    axes.set_ylabel(f"{chart.quantity} ({chart.unit})")
+    axes.set_ylabel(f"{chart.quantity} ({chart.unit})", parse_math=False)
     onset = next((curve.step for curve in chart.curves if curve.step is not None), None)
     _name_steps(axes, chart.columns, onset, 6)
     if len(chart.curves) > 1:  # beside the plot, where it covers nothing
-        figure.legend(loc="outside right upper", fontsize=8)
-    figure.suptitle(charts.title(chart, chart.is_log), fontsize=10)
+        for text in figure.legend(loc="outside right upper", fontsize=8).get_texts():
+            text.set(parse_math=False)
+    figure.suptitle(charts.title(chart, chart.is_log), fontsize=10, parse_math=False)
     return figure
+
+
+def _drawable(values: np.ndarray, *, is_log: bool) -> np.ndarray:
+    """Values within what matplotlib's axes and their numbers can hold."""
+    return np.clip(values, 1 / _LARGEST if is_log else -_LARGEST, _LARGEST)
 
 
 def _name_steps(axes: Axes, columns: np.ndarray, onset: int | None, num_labels: int) -> None:

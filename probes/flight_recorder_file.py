@@ -97,9 +97,17 @@ def read_steps(path: str | Path) -> list[StepRecords]:
         size, checksum = slot.names
         if names.checksums.get(size) != checksum:
             continue  # a power loss took its names; others may have come in their place
-        while steps and steps[-1].step > slot.step:
-            steps.pop()
         series = tuple([names.series[number] for number in slot.numbers.tolist()])
+        first = len(steps)
+        while first and steps[first - 1].step >= slot.step:
+            first -= 1
+        # With `same_step`, what a step measures after its update has a slot of its own, of other series.
+        is_later_attempt = any(
+            records.step > slot.step or not set(series).isdisjoint(records.series)
+            for records in steps[first:]
+        )
+        if is_later_attempt:
+            del steps[first:]
         steps.append(StepRecords(slot.step, series, slot.values, np.full(len(series), math.nan)))
     return steps
 

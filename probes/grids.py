@@ -20,15 +20,14 @@ class Grid(NamedTuple):
     Attributes:
         columns: First step of each column, int64 [columns], ascending.
         values: float64 [layers, columns], masked where nothing was recorded. Of several values in a column
-            the one that is not finite, or else the one farthest from the layer's median.
+            the one that is not finite, or else the one farthest from the layer's median, on a logarithmic
+            scale unless a value is negative.
         steps: Step of each value, int64 [layers, columns]; 0 where masked.
-        is_log: Whether "farthest" is meant on a logarithmic scale: no value is negative.
     """
 
     columns: np.ndarray
     values: np.ma.MaskedArray
     steps: np.ndarray
-    is_log: bool
 
 
 def group_steps(steps: Iterable[StepRecords]) -> ByQuantity:
@@ -158,7 +157,7 @@ def grid(by_layer: ByLayer, layers: Sequence[str], columns: np.ndarray) -> Grid:
         chosen = ordered[_last_of_each(column[ordered])]
         values[row, column[chosen]] = series.values[chosen]
         steps[row, column[chosen]] = series.steps[chosen]
-    return Grid(columns, values, steps, is_log)
+    return Grid(columns, values, steps)
 
 
 def is_logarithmic(values: Iterable[np.ndarray]) -> bool:

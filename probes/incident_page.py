@@ -136,10 +136,10 @@ def _tables(incident: Incident) -> Iterable[tuple[str, list[list[str]]]]:
 
 def _recipe(incident: Incident) -> list[str]:
     step = incident.checkpoint_step
-    checkpoint = f", with the checkpoint of step {step} loaded" if step else ""
+    changes = [*([f"the checkpoint of step {step} loaded"] if step else []), "another log_dir"]
     directory, command = incident.environment["directory"], incident.environment["command"]
     return [
-        f"cd {shlex.quote(directory)} && {command}  # as before{checkpoint}",
+        f"cd {shlex.quote(directory)} && {command}  # as before, with {' and '.join(changes)}",
         f"probes.load_rng_states({incident.folder!r})  # in the script, right before step {step} runs",
     ]
 

@@ -113,5 +113,9 @@ def _add_values(
 
 
 def _dense_values(gradient: Tensor) -> Tensor:
-    """The entries of a gradient; those that a sparse one does not store are zero and change no norm."""
+    """The entries of a gradient; those that a sparse one does not store are zero and change no norm.
+
+    To coalesce a sparse one on CUDA waits for the device, since only there is known how many entries remain;
+    SparseAdam and Adagrad do it in their own step too.
+    """
     return gradient.coalesce().values() if gradient.is_sparse else gradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from numbers import Real
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from probes.attention_sites import AttentionSites
 from probes.delivery import Delivery
+from probes.failures import ProbeWarning, stacklevel_of_script
 from probes.quantities import QUANTITIES
 from probes.record import ALL_LAYERS, Record, Series
 from probes.same_step import SameStep
@@ -31,6 +33,23 @@ class Probe:
     """Watches a model while it trains. Made by :func:`probes.attach`, which explains the arguments.
 
     The numbers of a step are written, and verdicts on them given, when the next recorded step ends.
+
+    Example:
+        >>> import torch, probes
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with probes.attach(model, optimizer) as probe:
+        ...     for _ in range(2):
+        ...         loss = model(torch.ones(1, 2)).square().mean()
+        ...         probe.log(loss=loss)
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> [record.step for record in probe.records if record.quantity == "loss"]
+        [0, 1]
+        >>> probe
+        <Probe closed: step 2, ... records, 0 alerts>
     """
 
     def __init__(
@@ -63,6 +82,7 @@ class Probe:
             before_step_ends=self._check_attention_seen,
             after_step=delivery.send,
         )
+        self._has_stepped = False
         self._is_closed = False
         self._handles = ExitStack()
         with ExitStack() as on_failure:  # an attach that fails half-way leaves no hook
@@ -79,7 +99,7 @@ class Probe:
 
     @property
     def records(self) -> list[Record]:
-        """The records in memory, oldest first: the newest two million; the running step comes later."""
+        """The records in memory, oldest first. The newest two million stay; the running step comes later."""
         return list(self._delivery.memory)
 
     @property
@@ -164,6 +184,7 @@ class Probe:
                 "probe.step() is for probes without an optimizer; this one's steps end with "
                 "optimizer.step(). Remove the call."
             )
+        self._has_stepped = True
         self._check_attention_seen()
         self._watch.measure_gradients()
         self._watch.end_step()
@@ -191,12 +212,14 @@ class Probe:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where ``state_dict`` was taken.
+        """Continues where ``state_dict`` was taken. What was measured since is judged no more.
 
         Raises:
             ValueError: If the detectors are not the ones the state was saved from.
         """
         self._delivery.detection.load_state_dict(state["detectors"])
+        self._delivery.abandon()
+        self._watch.pending.take()
         self._delivery.seen_order = list(state["layers"])
         self._watch.begin_step(state["step"])
         self._note_checkpoint()
@@ -242,6 +265,13 @@ class Probe:
             return
         self._is_closed = True
         self._handles.close()
+        if error is None and not self._has_optimizers and not self._has_stepped and self._watch.pending:
+            warnings.warn(
+                "probe.step() was never called, so all that was seen counts as one step, and gradients of "
+                "weights are missing. Call it after each backward pass, or give `attach` the optimizer.",
+                ProbeWarning,
+                stacklevel=stacklevel_of_script(),
+            )
         try:
             if self._watch.pending:  # a step that an exception or an interrupt cut short
                 self._delivery.send(self._watch.step, self._watch.pending.take(), is_whole=False)

@@ -27,6 +27,12 @@ class RecordedSeries(NamedTuple):
     Attributes:
         steps: Optimizer steps, int64 [n], ascending.
         values: float64 [n]. From TensorBoard files they have float32 precision.
+
+    Example:
+        >>> import numpy as np
+        >>> series = RecordedSeries(steps=np.array([0, 10, 20]), values=np.array([1.0, 4.0, 2.0]))
+        >>> int(series.steps[series.values.argmax()])
+        10
     """
 
     steps: np.ndarray
@@ -38,19 +44,35 @@ class RecordedRun(dict[str, RecordedSeries]):
 
     Attributes:
         alerts: The verdicts, in the order in which they were given.
+        can_hold_alerts: Whether the files would tell of alerts: a flight recorder and an incident's
+            series.npz do not.
+
+    Example:
+        >>> import numpy as np
+        >>> run = RecordedRun({"loss/(all)": RecordedSeries(np.array([0, 1]), np.array([2.5, 2.0]))})
+        >>> run["loss/(all)"].values.tolist(), run.alerts
+        ([2.5, 2.0], [])
     """
 
-    def __init__(self, series: Mapping[str, RecordedSeries], alerts: Sequence[Alert] = ()) -> None:
+    def __init__(
+        self,
+        series: Mapping[str, RecordedSeries],
+        alerts: Sequence[Alert] = (),
+        *,
+        can_hold_alerts: bool = True,
+    ) -> None:
         super().__init__(series)
         self.alerts = list(alerts)
+        self.can_hold_alerts = can_hold_alerts
 
 
 def read(log_dir: str | Path) -> RecordedRun:
     """Reads what a run recorded.
 
     Of a directory, JSON lines are read if there are any, since they hold every record in full precision;
-    otherwise TensorBoard events. The flight recorder adds the last few hundred steps, in full precision and
-    with single heads. A file that was cut short, by a killed process say, is read as far as it goes.
+    otherwise the probe's TensorBoard events, or those of any writer if it left none. The flight recorder
+    adds the last few hundred steps, in full precision and with single heads. A file that was cut short, by a
+    killed process say, is read as far as it goes.
 
     Args:
         log_dir: The run's directory; or one file: JSON lines, a flight recorder, or an incident's series.npz.
@@ -62,6 +84,18 @@ def read(log_dir: str | Path) -> RecordedRun:
     Raises:
         FileNotFoundError: If there is no such directory, or nothing recorded in it.
         ValueError: If a file is not one of ours or of a newer schema.
+
+    Example:
+        >>> import tempfile, torch, probes
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with tempfile.TemporaryDirectory() as log_dir:
+        ...     with probes.attach(model, optimizer, log_dir=log_dir) as probe:
+        ...         model(torch.ones(1, 2)).sum().backward()
+        ...         optimizer.step()
+        ...     run = read(log_dir)
+        >>> run["grad_max_abs/(root)"].values.tolist()
+        [1.0]
     """
     path = Path(log_dir)
     if not path.exists():
@@ -69,12 +103,16 @@ def read(log_dir: str | Path) -> RecordedRun:
     if path.is_file():
         files = [path]
     else:
-        files = sorted(path.glob("*.jsonl")) or sorted(path.glob("events.out.tfevents.*"))
+        patterns = ("*.jsonl", "events.out.tfevents.*.probes", "events.out.tfevents.*")
+        files = next(filter(None, (sorted(path.glob(pattern)) for pattern in patterns)), [])
         files += path.glob(FILE_NAME)  # last: of a step recorded twice the later value counts
+    if not files and (path / "series.npz").exists():
+        raise FileNotFoundError(f"{path} is an incident folder; give its series: {path / 'series.npz'}.")
     if not files:
         raise FileNotFoundError(f"{path} holds no TensorBoard events, no flight recorder and no .jsonl file.")
     alerts: list[Alert] = []
-    return RecordedRun(to_series(point for file in files for point in _read_file(file, alerts)), alerts)
+    series = to_series(point for file in files for point in _read_file(file, alerts))
+    return RecordedRun(series, alerts, can_hold_alerts=any(map(_can_hold_alerts, files)))
 
 
 def to_series(points: Iterable[Point]) -> dict[str, RecordedSeries]:
@@ -87,6 +125,10 @@ def to_series(points: Iterable[Point]) -> dict[str, RecordedSeries]:
         steps = sorted(by_step)
         result[tag] = RecordedSeries(np.array(steps, dtype=np.int64), np.array([by_step[s] for s in steps]))
     return result
+
+
+def _can_hold_alerts(path: Path) -> bool:
+    return path.suffix != ".npz" and not path.name.startswith(FILE_NAME)
 
 
 def _read_file(path: Path, alerts: list[Alert]) -> Iterator[Point]:

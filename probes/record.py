@@ -11,11 +11,11 @@ import numpy as np
 
 from probes.quantities import QUANTITIES
 from stability.attention.summary import Kind
-from stability.divergence import ALL_LAYERS
+from stability.divergence import ALL_LAYERS, Alert
 
-_TAG = re.compile(r"(.*?)(?:/call_(\d+))?(?:/head_(\d+))?", re.DOTALL)
+_LAYER = re.compile(r"(.*?)(?:/call_(\d+))?(?:/head_(\d+))?", re.DOTALL)
 
-__all__ = ["ALL_LAYERS", "Kind", "Record", "Series", "StepRecords", "series_of"]
+__all__ = ["ALL_LAYERS", "Kind", "Record", "Series", "StepRecords", "alert_marker", "series_of"]
 
 
 class Series(NamedTuple):
@@ -28,6 +28,10 @@ class Series(NamedTuple):
         call: Which call of the module within one forward pass, from 0 (modules may be shared).
         rank: Process of a distributed run, or None.
         kind: "exact", "estimate" (sampled mean), "lower_bound" (sampled maximum), "upper_bound".
+
+    Example:
+        >>> Series("blocks.0", "attention/entropy", head=2).tag
+        'attention/entropy/blocks.0/head_2'
     """
 
     layer: str
@@ -52,20 +56,38 @@ class Series(NamedTuple):
             >>> Series.from_tag("attention/entropy/blocks.0/head_2")
             Series(layer='blocks.0', quantity='attention/entropy', head=2, call=0, rank=None, kind='exact')
         """
-        name, call, head = _TAG.fullmatch(tag).groups()  # type: ignore[union-attr]  # matches every text
-        if name.endswith(f"/{ALL_LAYERS}"):  # what the script logs may have any name
-            quantity, layer = name.removesuffix(f"/{ALL_LAYERS}"), ALL_LAYERS
-        else:
-            parts = name.split("/")
-            length = 2 if "/".join(parts[:2]) in QUANTITIES else 1
-            quantity, layer = "/".join(parts[:length]), "/".join(parts[length:])
+        if tag.endswith(f"/{ALL_LAYERS}"):  # what the script logs may have any name
+            return cls(ALL_LAYERS, tag.removesuffix(f"/{ALL_LAYERS}"))
+        parts = tag.split("/")
+        length = 2 if "/".join(parts[:2]) in QUANTITIES else 1
+        quantity, rest = "/".join(parts[:length]), "/".join(parts[length:])
+        # Of the layer alone, which may itself be named head_0.
+        layer, call, head = _LAYER.fullmatch(rest).groups()  # type: ignore[union-attr]  # matches every text
         return cls(layer, quantity, None if head is None else int(head), int(call or 0))
 
 
 @lru_cache(maxsize=2**16)
 def series_of(layer: str, quantity: str, call: int = 0) -> Series:
-    """The exact series of a layer; the same object each time, since a step names thousands."""
+    """The exact series of a layer; the same object each time, since a step names thousands.
+
+    Example:
+        >>> series_of("blocks.0", "grad_norm") is series_of("blocks.0", "grad_norm")
+        True
+    """
     return Series(layer, quantity, call=call)
+
+
+def alert_marker(alert: Alert) -> tuple[Series, float]:
+    """An alert as one more series, for places that take numbers only: 1 for a warning, 2 for divergence.
+
+    Example:
+        >>> alert = Alert(7, "blocks.0", "grad_norm", "warning", 9.0, 1.0, "…", kind="dead")
+        >>> series, value = alert_marker(alert)
+        >>> series.tag, value
+        ('alert/dead/blocks.0', 1.0)
+    """
+    series = Series(alert.layer, f"alert/{alert.kind or alert.quantity}")
+    return series, 2.0 if alert.severity == "divergence" else 1.0
 
 
 class Record(NamedTuple):
@@ -99,7 +121,7 @@ class Record(NamedTuple):
 
     @property
     def series(self) -> Series:
-        """The record's series: all but step, value and standard error."""
+        """The record's series, that is, all but step, value and standard error."""
         return Series(self.layer, self.quantity, self.head, self.call, self.rank, self.kind)
 
 
@@ -111,6 +133,12 @@ class StepRecords(NamedTuple):
         series: One name per value.
         values: float64 [len(series)].
         standard_errors: float64 [len(series)], NaN where there is none.
+
+    Example:
+        >>> series = (Series("blocks.0", "grad_norm"), Series("blocks.1", "grad_norm"))
+        >>> step = StepRecords(7, series, np.array([1.5, 0.5]), np.full(2, np.nan))
+        >>> [(record.step, record.layer, record.value) for record in step.records()]
+        [(7, 'blocks.0', 1.5), (7, 'blocks.1', 0.5)]
     """
 
     step: int
@@ -123,6 +151,11 @@ class StepRecords(NamedTuple):
         kept = [index for index, name in enumerate(self.series) if name not in series]
         names = tuple(self.series[index] for index in kept)
         return StepRecords(self.step, names, self.values[kept], self.standard_errors[kept])
+
+    def by_tag(self) -> dict[str, float]:
+        """Tag → value of whole layers; single heads, which are many, are left out."""
+        named = zip(self.series, self.values.tolist(), strict=True)
+        return {series.tag: value for series, value in named if series.head is None}
 
     def records(self) -> Iterator[Record]:
         """Yields the step's records in the order they were measured."""

@@ -19,7 +19,7 @@ def write_report(run_dir: str | Path, *others: str | Path, out: str | Path | Non
         run_dir: The ``log_dir`` of a probe, finished, running or killed; or one file that
             :func:`probes.read` takes.
         *others: Runs to set beside it.
-        out: The page; None: ``report.html`` in ``run_dir``.
+        out: The page; None: ``report.html`` in ``run_dir``, or beside a file, with the file's name before it.
 
     Returns:
         The page.
@@ -28,6 +28,20 @@ def write_report(run_dir: str | Path, *others: str | Path, out: str | Path | Non
         FileNotFoundError: If there is no run.
         ValueError: If a file is not one of ours.
         OSError: If the report cannot be written.
+
+    Example:
+        >>> import tempfile, torch, probes
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with tempfile.TemporaryDirectory() as log_dir:
+        ...     with probes.attach(model, optimizer, log_dir=log_dir) as probe:
+        ...         for _ in range(3):
+        ...             model(torch.ones(1, 2)).square().sum().backward()
+        ...             optimizer.step()
+        ...             optimizer.zero_grad()
+        ...     page = write_report(log_dir)
+        ...     page.name, "<script" in page.read_text()
+        ('report.html', False)
     """
     page = _out(Path(run_dir), out)
     _write(load_runs([Path(run_dir), *map(Path, others)]), page)
@@ -37,7 +51,8 @@ def write_report(run_dir: str | Path, *others: str | Path, out: str | Path | Non
 def _out(run_dir: Path, out: str | Path | None) -> Path:
     if out is not None:
         return Path(out)
-    return (run_dir if run_dir.is_dir() else run_dir.parent) / "report.html"
+    # Beside an incident's series.npz lies the incident's own report.html.
+    return run_dir / "report.html" if run_dir.is_dir() else run_dir.with_name(f"{run_dir.stem}-report.html")
 
 
 def _write(runs: Sequence[ReportedRun], page: Path) -> list[Path]:
@@ -74,7 +89,7 @@ def print_report(runs: Sequence[ReportedRun]) -> None:
             if body:
                 table = Table(title=heading, title_justify="left", show_header=any(head))
                 for name in head:
-                    is_number = name in ("usual", "farthest", "at step", "away since step")
+                    is_number = name in ("usual", "farthest", "over peers", "at step", "away since step")
                     table.add_column(name, justify="right" if is_number else "left")
                 for row in body:
                     table.add_row(*(Text(cell) for cell in row))
@@ -107,7 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--compare", type=Path, nargs="+", default=[], metavar="OTHER", help="runs to set beside it"
     )
-    parser.add_argument("--out", type=Path, help="the page (default: report.html in RUN_DIR)")
+    parser.add_argument(
+        "--out", type=Path, help="the page (default: report.html in RUN_DIR; of a file, FILE-report.html)"
+    )
     options = parser.parse_args(arguments)
     try:
         runs = load_runs([options.run_dir, *options.compare])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -16,7 +17,16 @@ MAX_ALERTS = 40
 NUM_RANKED = 10
 _FIRST_ROWS = 16  # as many as a first screen has room for
 
-RANKING_HEAD = ("layer", "quantity", "usual", "farthest", "at step", "away since step", "unit")
+RANKING_HEAD = (
+    "layer",
+    "quantity",
+    "usual",
+    "farthest",
+    "over peers",
+    "at step",
+    "away since step",
+    "unit",
+)
 
 
 def drawn(runs: Sequence[ReportedRun]) -> list[HeatMap | Curves]:
@@ -82,16 +92,24 @@ def _at_a_glance(runs: Sequence[ReportedRun]) -> list[list[str]]:
 
 
 def ranking_rows(run: ReportedRun) -> list[list[str]]:
-    """The first layers of the ranking as texts."""
+    """The layer of the story and the first of the ranking as texts."""
+    ranked = sorted(run.ranking, key=lambda departure: departure.layer != run.story.layer)
     return [
         [
             f"`{departure.layer}`",
             departure.quantity,
             number(departure.usual),
             number(departure.farthest),
+            _factor(departure.decades),
             str(departure.farthest_step),
             str(departure.step),
             unit(departure.quantity),
         ]
-        for departure in run.ranking[:NUM_RANKED]
+        for departure in ranked[:NUM_RANKED]
     ]
+
+
+def _factor(decades: float) -> str:
+    if not math.isfinite(decades):
+        return "not finite"
+    return f"×{10**decades:.3g}" if decades < 300 else f"×1e+{decades:.0f}"

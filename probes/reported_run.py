@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from probes.departures import Departure, departures, until
-from probes.grids import forward_order, group_tags
+from probes.grids import ByQuantity, forward_order, group_tags
 from probes.pictures import RunView
 from probes.reading import RecordedRun, RecordedSeries, read
 from probes.record import ALL_LAYERS
@@ -62,11 +62,12 @@ def reported_run(name: str, run: RecordedRun) -> ReportedRun:
     """
     groups = group_tags(run)
     order = forward_order(groups)
-    ranking = departures(groups, order)
+    taken = _without_steps(groups, _left_out(groups))
+    ranking = departures(taken, order)
     broken = [departure.step for departure in ranking if not math.isfinite(departure.farthest)]
     broken_step = min(broken, default=None)
-    before = [] if broken_step is None else departures(until(groups, broken_step), order)
-    story = tell(run.alerts, ranking, before)
+    before = [] if broken_step is None else departures(until(taken, broken_step), order)
+    story = tell(run.alerts if run.can_hold_alerts else None, ranking, before)
     if not groups:
         story = Story(
             "Nothing was recorded",
@@ -75,7 +76,9 @@ def reported_run(name: str, run: RecordedRun) -> ReportedRun:
     ranking = before or ranking
     spread = (*story.spread, *(departure.layer for departure in ranking[:3]))
     view = RunView(name, groups, order, story.layer, story.step, spread)
-    return ReportedRun(view, story, ranking, broken_step, run.alerts, _facts(groups, run.alerts))
+    facts = _facts(groups, taken)
+    facts["alerts"] = str(len(run.alerts)) if run.can_hold_alerts else "not in this file"
+    return ReportedRun(view, story, ranking, broken_step, run.alerts, facts)
 
 
 def _read(path: Path) -> RecordedRun:
@@ -104,13 +107,34 @@ def _names(directories: Sequence[Path]) -> list[str]:
     return [f"{index + 1}: {path}" for index, path in enumerate(directories)]
 
 
-def _facts(groups: Mapping[str, Mapping[str, RecordedSeries]], alerts: Sequence[Alert]) -> dict[str, str]:
+def _left_out(groups: ByQuantity) -> np.ndarray:
+    """Steps without an update, as a GradScaler looks for its factor. For detectors they never were."""
+    marks = groups.get("skipped_step", {}).get(ALL_LAYERS)
+    return np.zeros(0, np.int64) if marks is None else marks.steps[marks.values > 0]
+
+
+def _without_steps(groups: ByQuantity, steps: np.ndarray) -> ByQuantity:
+    """The series without some steps; those that had no others are gone."""
+    kept: dict[str, dict[str, RecordedSeries]] = {}
+    for quantity, by_layer in groups.items():
+        for layer, series in by_layer.items():
+            is_kept = ~np.isin(series.steps, steps)
+            if is_kept.any():
+                kept.setdefault(quantity, {})[layer] = RecordedSeries(
+                    series.steps[is_kept], series.values[is_kept]
+                )
+    return kept
+
+
+def _facts(groups: ByQuantity, taken: ByQuantity) -> dict[str, str]:
     ends = [series.steps[[0, -1]] for by_layer in groups.values() for series in by_layer.values()]
     facts = {"steps": f"{np.min(ends)} to {np.max(ends)}" if ends else "none"}
-    if ALL_LAYERS in groups.get("loss", {}):
-        loss = groups["loss"][ALL_LAYERS].values
+    if num_left_out := len(_left_out(groups)):
+        facts["of these, recorded without an update"] = f"{num_left_out}, which the other numbers leave out"
+    if ALL_LAYERS in taken.get("loss", {}):
+        loss = taken["loss"][ALL_LAYERS].values
         facts["loss, first and last"] = f"{number(loss[0])}, {number(loss[-1])}"
-    whole = groups.get("grad_norm", {}).get(ALL_LAYERS)
+    whole = taken.get("grad_norm", {}).get(ALL_LAYERS)
     if whole is not None:
         facts["largest gradient norm, whole model"] = _extreme({ALL_LAYERS: whole}, largest=True)
     for quantity, what, largest in (
@@ -118,22 +142,25 @@ def _facts(groups: Mapping[str, Mapping[str, RecordedSeries]], alerts: Sequence[
         ("attention/max_logit", "largest attention logit", True),
         ("attention/entropy", "smallest attention entropy (nats)", False),
     ):
-        by_layer = {layer: one for layer, one in groups.get(quantity, {}).items() if layer != ALL_LAYERS}
+        by_layer = {layer: one for layer, one in taken.get(quantity, {}).items() if layer != ALL_LAYERS}
         if by_layer:
             facts[what] = _extreme(by_layer, largest=largest)
-    facts["alerts"] = str(len(alerts))
     return facts
 
 
 def _extreme(by_layer: Mapping[str, RecordedSeries], *, largest: bool) -> str:
-    """Value, step and layer; what is not finite beats all."""
-
-    def key(series: RecordedSeries) -> np.ndarray:
-        finite = np.isfinite(series.values)
-        return np.where(finite, series.values if largest else -series.values, np.inf)
-
-    layer = max(by_layer, key=lambda layer: key(by_layer[layer]).max())
-    series = by_layer[layer]
-    index = int(key(series).argmax())
-    where = "" if layer == ALL_LAYERS else f" in `{layer}`"
-    return f"{number(series.values[index])}{where} at step {series.steps[index]}"
+    """The farthest finite value, and the first that is not finite, with their steps and layers."""
+    farthest: tuple[float, str] | None = None
+    broken: tuple[int, str] | None = None
+    for layer, (steps, values) in by_layer.items():
+        where = "" if layer == ALL_LAYERS else f" in `{layer}`"
+        is_finite = np.isfinite(values)
+        if is_finite.any():
+            index = int(np.where(is_finite, values if largest else -values, -np.inf).argmax())
+            if farthest is None or (values[index] > farthest[0]) == largest:
+                farthest = (values[index], f"{number(values[index])}{where} at step {steps[index]}")
+        if not is_finite.all():
+            step = int(steps[~is_finite][0])
+            if broken is None or step < broken[0]:
+                broken = (step, f"first not finite{where} at step {step}")
+    return "; ".join(found[1] for found in (farthest, broken) if found is not None)

@@ -42,6 +42,20 @@ def load_rng_states(incident: str | Path) -> int:
 
     Raises:
         FileNotFoundError: If the folder holds no states.
+
+    Example:
+        >>> import tempfile, torch, probes
+        >>> from pathlib import Path
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with tempfile.TemporaryDirectory() as log_dir:
+        ...     with probes.attach(model, optimizer, log_dir=log_dir, on_divergence="ignore") as probe:
+        ...         first = torch.rand(())
+        ...         model(torch.full((1, 2), torch.nan)).sum().backward()
+        ...         optimizer.step()
+        ...     step = load_rng_states(next(Path(log_dir).glob("incidents/*non-finite")))
+        >>> step, bool(torch.rand(()) == first)
+        (0, True)
     """
     saved = torch.load(Path(incident) / FILE_NAME, weights_only=True)["checkpoint"]
     states = saved["states"]

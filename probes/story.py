@@ -44,19 +44,21 @@ class Story(NamedTuple):
 
 
 def tell(
-    alerts: Sequence[Alert], ranking: Sequence[Departure], before_broken: Sequence[Departure] = ()
+    alerts: Sequence[Alert] | None, ranking: Sequence[Departure], before_broken: Sequence[Departure] = ()
 ) -> Story:
     """The story of a run: its first alert of divergence, or its first warning, or what is plain in the data.
 
     Args:
-        alerts: Of the run. The default detectors name the origin of an episode, not the loudest layer.
+        alerts: Of the run; None where what was read holds none of any run. The default detectors name the
+            origin of an episode, not the loudest layer.
         ranking: As of :func:`probes.departures.departures`.
         before_broken: The same of the steps before anything was not finite, where something was.
     """
     if alerts:
         return _of_alert(next((alert for alert in alerts if alert.severity == "divergence"), alerts[0]))
+    no_alert = "Alerts are not in this file" if alerts is None else "No alert was recorded"
     if not ranking:
-        return Story("Nothing to compare", "No alert was recorded, and no layer has two steps to compare.")
+        return Story("Nothing to compare", f"{no_alert}, and no layer has two steps to compare.")
     broken = [departure for departure in ranking if not math.isfinite(departure.farthest)]
     far = [one for one in (before_broken if broken else ranking) if one.decades >= _STANDS_OUT]
     if broken:
@@ -66,12 +68,12 @@ def tell(
     if not far and not broken:
         return Story(
             "Nothing stands out",
-            "No alert was recorded, and no layer went a factor of 100 away from its past and its peers.",
+            f"{no_alert}, and no layer went a factor of 100 away from its past and its peers.",
         )
     origin = far[0] if far else min(broken, key=lambda departure: departure.step)
     what = f"{origin.quantity} left its range" if far else "non finite"
     sentence = (
-        f"No alert was recorded. What stands out: {origin.quantity} in `{origin.layer}` went from "
+        f"{no_alert}. What stands out: {origin.quantity} in `{origin.layer}` went from "
         f"{number(origin.usual)} to {number(origin.farthest)} ({unit(origin.quantity)}), away from its past "
         f"and its peers since step {origin.step}"
     )

@@ -40,7 +40,8 @@ class Watch:
         attention_rows: Query rows sampled per sequence, or None for all.
         sharding: Which part of the model and the batch is here.
         has_ranks: Whether other ranks train the model too.
-        before_step_ends: Called before the last optimizer steps; may raise.
+        before_step_ends: Called before the last optimizer steps; after it, if a closure makes the forward
+            pass within the step. May raise.
         after_step: Called with a step that has ended and its measurements; may raise.
 
     Attributes:
@@ -254,8 +255,9 @@ class Watch:
 
     def _before_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         is_scaled, self._scaled_optimizer = self._scaled_optimizer is optimizer, None
-        if len(self._stepped | {optimizer}) == len(self._optimizers):
-            self._before_step_ends()
+        has_closure = _has_closure(args, kwargs)
+        if not has_closure:
+            self._check_before_end(optimizer)
         if not self._is_measured(optimizer):
             return
         if is_scaled:
@@ -265,7 +267,6 @@ class Watch:
                 self.pending.add_number(SKIPPED_STEP, 0.0)
             else:
                 self.pending.add(SKIPPED_STEP, (found_inf > 0).double())
-        has_closure = _has_closure(args, kwargs)
         if not has_closure:
             # A GradScaler leaves unscaling to optimizers that are fused.
             grad_scale = getattr(optimizer, "grad_scale", None)
@@ -275,12 +276,19 @@ class Watch:
             self._guard("updates", self._optimizer_state.before, optimizer, has_closure=has_closure)
 
     def _after_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        has_closure = _has_closure(args, kwargs)
+        if has_closure:
+            self._check_before_end(optimizer)
         if self._is_measured(optimizer):
-            if _has_closure(args, kwargs):  # the closure has just computed the gradients
+            if has_closure:  # the closure has just computed the gradients
                 self._guard("gradients", self._measure_gradients, _parameters(optimizer), None)
             if self._is_detailed:
                 self._guard("updates", self._optimizer_state.after, self.pending, optimizer)
         self._finish(optimizer)
+
+    def _check_before_end(self, optimizer: Optimizer) -> None:
+        if len(self._stepped | {optimizer}) == len(self._optimizers):
+            self._before_step_ends()
 
     def _finish(self, optimizer: Optimizer) -> None:
         self._stepped.add(optimizer)

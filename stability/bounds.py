@@ -23,9 +23,13 @@ from stability.jacobian import softmax_jacobian, softmax_jacobian_norms
 from stability.row_moments import sigmoid_derivative
 
 SIGMOID_DERIVATIVE_BOUND = 1 / 4
+"""Largest derivative of the sigmoid, reached at 0: the bound of a sigmoid row Jacobian's entries."""
 SOFTMAX_JACOBIAN_ENTRY_BOUND = 1 / 4
+"""Largest entry of a softmax row Jacobian, reached by a key of weight ½."""
 SOFTMAX_JACOBIAN_SPECTRAL_BOUND = 1 / 2
+"""Largest spectral norm of a softmax row Jacobian, reached by two equal keys."""
 SOFTMAX_JACOBIAN_INFINITY_BOUND = 1 / 2
+"""Largest absolute row sum of a softmax row Jacobian."""
 
 _FOUR_ULP_FLOAT64 = 4 * torch.finfo(torch.float64).eps  # relative to a power of two
 
@@ -42,12 +46,17 @@ class BoundCheck:
 
     Attributes:
         quantity: What was bounded, and in which arithmetic.
-        bound: The claimed upper bound on |value|.
-        maximum: Largest |value| seen; NaN if the arithmetic produced one.
+        bound: The claimed upper bound of the magnitude.
+        maximum: Largest magnitude seen; NaN if the arithmetic produced one.
         argmax: Input of that value, the one of smallest magnitude among ties; a tuple for a row of logits.
         checked: Number of inputs (of intervals, for interval arithmetic).
-        violations: Number of them with |value| > bound + tolerance, or NaN.
+        violations: Number of them with a magnitude > bound + tolerance, or NaN.
         tolerance: Rounding that was allowed.
+
+    Example:
+        >>> check = verify_sigmoid_derivative_bound(dtype=torch.bfloat16)
+        >>> check.maximum, check.argmax, check.checked, check.violations, check.holds
+        (0.25, 0.0, 65280, 0, True)
     """
 
     quantity: str

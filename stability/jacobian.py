@@ -41,6 +41,11 @@ class JacobianNorms(NamedTuple):
         trace: Trace J, which is also the nuclear norm.
         off_diagonal_share: Off-diagonal energy over ‖J‖_F², in [0, 1); 0 where J is zero.
         infinity_to_one_is_exact: Boolean.
+
+    Example:
+        >>> norms = softmax_jacobian_norms(torch.tensor([0.0, 0.0]))  # two equal keys reach the bounds
+        >>> norms.spectral.item(), norms.infinity.item(), norms.off_diagonal_share.item()
+        (0.5, 0.5, 0.5)
     """
 
     frobenius: Tensor

@@ -15,7 +15,7 @@ FIRST_PARTY = ("stability", "probes", "experiments")
 # What `import stability, probes` must not need.
 LAZY = (
     "triton", "tensorboard", "torch.utils.tensorboard", "matplotlib", "PIL", "rich",
-    "scanpy", "anndata", "h5py", "transformers", "lightning",
+    "scanpy", "anndata", "h5py", "transformers", "accelerate", "lightning", "wandb", "mlflow",
 )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 Each page is one program: its ```python blocks run in order, in one namespace and an empty directory. A
 ```text block right after a ```python block is its expected output, with `...` as in doctest. A block after
-`<!-- no-test: reason -->` is not run.
+`<!-- no-test: reason -->` is not run. A page that begins with `<!-- needs: package, package -->` is skipped
+where one of them is missing. The tutorial, which trains for a while, has test_tutorial.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {TUTORIAL})]
 
 BLOCK = re.compile(
     r"(?P<skip>^<!-- no-test: \S.*? -->\s*)?"
@@ -26,6 +28,7 @@ BLOCK = re.compile(
     r"(?:\s*^```text\n(?P<expected>.*?)^```$)?",
     re.MULTILINE | re.DOTALL,
 )
+NEEDS = re.compile(r"<!-- needs: (?P<packages>[\w, ]+) -->\n")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,11 @@ def run_page(page: str, name: str) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run_page(page.read_text(encoding="utf-8"), str(page.relative_to(ROOT)))
+    text = page.read_text(encoding="utf-8")
+    if needs := NEEDS.match(text):
+        for package in needs["packages"].split(", "):
+            pytest.importorskip(package, reason=f"the page needs {package}")
+    run_page(text, str(page.relative_to(ROOT)))
 
 
 def test_readme_shows_code_and_its_output() -> None:

@@ -12,23 +12,23 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from probes.sinks.crc32c import framed
 from probes.sinks.step_event import is_image, step_of_scalars
 
-_SUFFIX = ".probes"  # what others write into the same directory is not ours to thin
-_UNFINISHED = ".thinned-"
-_MAX_STRIDE = 2**40
+_PREFIX, _SUFFIX = "events.out.tfevents.", ".probes"  # others' files in the directory are not ours to thin
+_UNFINISHED = ".thinned-"  # TensorBoard reads whatever has "tfevents" in its name
 _FIRST_EVENT = b"\x1a\x0dbrain.Event:2"  # Event.file_version
 
 
 class EventFiles:
     """Appends events; thins what is there when it becomes too much.
 
-    Every event is with the kernel when ``append`` returns, so a killed process loses none.
+    Every event is with the kernel when ``append`` returns, so a killed process loses none. A file that
+    another process is writing is that process's to thin, and counts towards its budget.
 
     Args:
         directory: Where the files are; files of earlier processes count, and are thinned too.
@@ -39,23 +39,26 @@ class EventFiles:
         self._directory = directory
         self._limit = max_bytes * 2 // 3
         self.stride = 1
+        self._size = 0
+        self._fixed = 0  # bytes of it that no stride takes away
         self._num_files = 0
-        for path in directory.glob(f"{_UNFINISHED}*"):  # of a process that was killed while it thinned
-            path.unlink(missing_ok=True)
+        self._own: set[Path] = set()
+        self._remove_unfinished()
+        for _, data in self._contents():
+            self._count(_records(data))
         self._file = self._begin()
-        self._size = self._measured_size()
 
-    def append(self, event: bytes) -> bool:
-        """Adds a serialised event.
+    def append(self, event: bytes) -> None:
+        """Adds a serialised event."""
+        self._write(self._file, event)
+
+    def thin_if_full(self) -> bool:
+        """Makes room if two thirds of the budget are full.
 
         Returns:
-            Whether the files were thinned after it, so that pictures are to be drawn anew.
+            Whether it did; pictures are gone then, and to be drawn anew.
         """
-        record = framed(event)
-        self._file.write(record)
-        self._file.flush()
-        self._size += len(record)
-        if self._size < self._limit or self.stride >= _MAX_STRIDE:
+        if not self._is_beyond(self._limit):
             return False
         self._thin()
         return True
@@ -67,7 +70,7 @@ class EventFiles:
             self._file.close()
 
     def _begin(self) -> BinaryIO:
-        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
+        name = f"{_PREFIX}{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
         while True:  # a second run of one process in the same second
             path = self._directory / f"{name}.{self._num_files:04d}{_SUFFIX}"
             self._num_files += 1
@@ -75,51 +78,85 @@ class EventFiles:
                 file = path.open("xb")
             except FileExistsError:
                 continue
-            _lock(file)
+            with contextlib.suppress(OSError):  # a file system without locks
+                _lock(file)
+            self._own.add(path)
             wall_time = b"\x09" + struct.pack("<d", time.time())
-            file.write(framed(wall_time + _FIRST_EVENT))
-            file.flush()
+            self._write(file, wall_time + _FIRST_EVENT)
             return file
 
-    def _measured_size(self) -> int:
-        return sum(path.stat().st_size for path in self._paths())
+    def _write(self, file: BinaryIO, event: bytes) -> None:
+        record = framed(event)
+        file.write(record)
+        file.flush()
+        self._count([memoryview(record)])
 
-    def _paths(self) -> list[Path]:
-        return sorted(self._directory.glob(f"events.out.tfevents.*{_SUFFIX}"))
+    def _count(self, records: Iterable[memoryview]) -> None:
+        for record in records:
+            self._size += len(record)
+            if not step_of_scalars(_event(record)):  # step 0 is a multiple of every stride
+                self._fixed += len(record)
+
+    def _is_beyond(self, limit: int) -> bool:
+        """Whether the steps take more of a limit than what is fixed leaves them, which is at least half."""
+        return self._size - self._fixed >= max(limit - self._fixed, limit // 2)
 
     def _thin(self) -> None:
         self.close()
-        # A run that was taken up again begins with stride 1, beside files that have been thinned often.
-        while self._size > self._limit * 3 // 4 and self.stride < _MAX_STRIDE:
+        # A run that was taken up again begins with stride 1, beside files that have been thinned often. The
+        # stride does not outgrow the last step: beyond it there is only what is fixed.
+        while self._is_beyond(self._limit * 3 // 4):
             self.stride *= 2
-            for path in self._paths():
-                self._replace(path)
-            self._size = self._measured_size()
+            self._size = self._fixed = 0
+            for path, data in self._contents():
+                self._replace(path, data)
         self._file = self._begin()
 
-    def _replace(self, path: Path) -> None:
-        with path.open("rb") as file:
-            try:
-                _lock(file)
-            except BlockingIOError:  # another process is writing it
-                return
-            data = file.read()
-            kept = b"".join(record for record in _records(data) if self._is_kept(record))
-            if len(kept) == len(data):
-                return
-            unfinished = self._directory / f"{_UNFINISHED}{os.getpid()}"
-            with unfinished.open("wb") as thinned:
-                thinned.write(kept)
-                thinned.flush()
-                os.fsync(thinned.fileno())
-            unfinished.replace(path)
+    def _contents(self) -> Iterator[tuple[Path, bytes]]:
+        """What is in our files; each is locked until the next is asked for, and others' are passed over."""
+        for path in sorted(self._directory.glob(f"{_PREFIX}*{_SUFFIX}")):
+            with path.open("rb") as file:
+                try:
+                    _lock(file)
+                except OSError:  # another process is writing it; or no lock can tell
+                    if path not in self._own:
+                        continue
+                yield path, file.read()
 
-    def _is_kept(self, record: memoryview) -> bool:
-        event = record[12:-4]
+    def _replace(self, path: Path, data: bytes) -> None:
+        records = [record for record in _records(data) if self._is_kept(_event(record))]
+        self._count(records)
+        kept = b"".join(records)
+        if len(kept) == len(data):
+            return
+        unfinished = self._directory / f"{_UNFINISHED}{path.name.removeprefix(_PREFIX)}"
+        with unfinished.open("wb") as thinned:
+            thinned.write(kept)
+            thinned.flush()
+            os.fsync(thinned.fileno())
+        unfinished.replace(path)
+
+    def _is_kept(self, event: memoryview) -> bool:
         step = step_of_scalars(event)
         if step is None:
             return not is_image(event)  # each shows the whole run, so the next one tells all
         return step % self.stride == 0
+
+    def _remove_unfinished(self) -> None:
+        """Of a process that was killed while it thinned; one that is thinning has the file locked."""
+        for path in self._directory.glob(f"{_UNFINISHED}*"):
+            try:
+                with (self._directory / f"{_PREFIX}{path.name.removeprefix(_UNFINISHED)}").open("rb") as file:
+                    _lock(file)
+                    path.unlink(missing_ok=True)
+            except FileNotFoundError:
+                path.unlink(missing_ok=True)
+            except OSError:  # locked; or no lock can tell
+                continue
+
+
+def _event(record: memoryview) -> memoryview:
+    return record[12:-4]
 
 
 def _records(data: bytes) -> Iterator[memoryview]:
@@ -136,7 +173,7 @@ def _records(data: bytes) -> Iterator[memoryview]:
 
 
 def _lock(file: BinaryIO) -> None:
-    """Marks a file as being written; raises BlockingIOError if another process has."""
+    """Marks a file as being written; raises OSError if another process has, or without locks."""
     with contextlib.suppress(ImportError):  # Windows has no such locks
         import fcntl
 
@@ -145,7 +182,7 @@ def _lock(file: BinaryIO) -> None:
 
 def _unlock(file: BinaryIO) -> None:
     # Closing is not enough: forked data loaders have the file open too.
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, OSError):
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_UN)

@@ -28,6 +28,21 @@ class JsonLinesSink:
 
     Raises:
         OSError: If the file cannot be opened for writing.
+
+    Example:
+        >>> import tempfile, torch, probes
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sink = JsonLinesSink(f"{folder}/run.jsonl")
+        ...     with probes.attach(model, optimizer, sinks=[sink], details_every=0) as probe:
+        ...         model(torch.ones(1, 2)).sum().backward()
+        ...         optimizer.step()
+        ...     lines = sink.path.read_text().splitlines()
+        >>> lines[0]
+        '{"schema":"stability-probes","schema_version":1}'
+        >>> [line for line in lines if '"(all)"' in line]
+        ['{"type":"record","step":0,"layer":"(all)","quantity":"grad_norm","value":1.73...}']
     """
 
     def __init__(self, path: str | Path) -> None:

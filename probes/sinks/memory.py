@@ -19,6 +19,17 @@ class MemorySink:
 
     Raises:
         ValueError: If ``max_values`` is not positive.
+
+    Example:
+        >>> import torch, probes
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sink = MemorySink()
+        >>> with probes.attach(model, optimizer, sinks=[sink]) as probe:
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     optimizer.step()
+        >>> [record.value for record in sink if record.quantity == "grad_max_abs"]
+        [1.0]
     """
 
     def __init__(self, max_values: int = 2_000_000) -> None:

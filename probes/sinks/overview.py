@@ -53,12 +53,14 @@ class Overview(NamedTuple):
 
     Attributes:
         whole: Index of the whole model's gradient norm, or None.
+        skipped: Index of the mark of an update that was left out, or None.
         layers: Indices of the layers' gradient norms.
         bands: Tags and indices of what is shown as a band across layers.
         jacobian: Indices of the layers' Jacobian norms.
     """
 
     whole: int | None
+    skipped: int | None
     layers: np.ndarray
     bands: tuple[tuple[tuple[str, ...], np.ndarray], ...]
     jacobian: np.ndarray
@@ -67,10 +69,12 @@ class Overview(NamedTuple):
     def of(cls, series: Sequence[Series]) -> Overview:
         """Finds them."""
         indices: dict[str, list[int]] = {}
-        whole = None
+        whole = skipped = None
         for index, name in enumerate(series):
             if name == Series(ALL_LAYERS, "grad_norm"):
                 whole = index
+            elif name == Series(ALL_LAYERS, "skipped_step"):
+                skipped = index
             elif name.head is None:
                 indices.setdefault(name.quantity, []).append(index)
         bands = tuple(
@@ -79,7 +83,7 @@ class Overview(NamedTuple):
             if quantity in indices
         )
         layers, jacobian = (np.array(indices.get(name, ()), np.intp) for name in ("grad_norm", _JACOBIAN))
-        return cls(whole, layers, bands, jacobian)
+        return cls(whole, skipped, layers, bands, jacobian)
 
     @property
     def tags(self) -> list[str]:
@@ -89,6 +93,13 @@ class Overview(NamedTuple):
         tags += [tag for band, _ in self.bands for tag in band]
         tags += [f"{PREFIX}jacobian_frobenius_median"] if self.jacobian.size else []
         return [*tags, f"{PREFIX}alerts"]
+
+    def grad_norm(self, values: np.ndarray) -> float:
+        """Of the whole model, infinite where not finite; 0 of an update that was left out, or without one."""
+        if self.whole is None or (self.skipped is not None and values[self.skipped] > 0):
+            return 0.0
+        norm = float(values[self.whole])
+        return norm if math.isfinite(norm) else math.inf
 
     def values(self, values: np.ndarray, peak: float, num_alerts: int) -> list[float]:
         """The numbers.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from probes.quantities import QUANTITIES
-from probes.record import ALL_LAYERS, Series, StepRecords
+from probes.record import ALL_LAYERS, Series, StepRecords, alert_marker
 from probes.sinks.event_files import EventFiles
 from probes.sinks.heat_map import HeatMap
 from probes.sinks.heat_map_picture import heat_map_png
@@ -62,8 +61,8 @@ class TensorBoardSink:
     ``alert/kind/layer``: 1 for a warning, 2 for divergence.
 
     The files stay within ``max_megabytes``: whenever they have grown to two thirds of it, every second of the
-    steps in them goes, and only every 2nd, 4th, … further one is written. Alerts stay, up to a thousand. A
-    killed process loses nothing that was written.
+    steps in them goes, and only every 2nd, 4th, … further one is written. Alerts stay, up to a thousand and a
+    tenth of the budget. A killed process loses nothing that was written.
 
     Args:
         log_dir: Directory of this run; created if absent.
@@ -76,6 +75,19 @@ class TensorBoardSink:
         OSError: If the directory cannot be written.
         TypeError: If a hyperparameter is no number, text or truth value.
         ValueError: If the budget is less than 1 MB.
+
+    Example:
+        >>> import tempfile, torch, probes
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with tempfile.TemporaryDirectory() as log_dir:
+        ...     sink = TensorBoardSink(log_dir, hparams={"lr": 0.1}, max_megabytes=10)
+        ...     with probes.attach(model, optimizer, sinks=[sink]) as probe:
+        ...         model(torch.ones(1, 2)).sum().backward()
+        ...         optimizer.step()
+        ...     run = probes.read(log_dir)
+        >>> run["grad_max_abs/(root)"].values.tolist()
+        [1.0]
     """
 
     def __init__(
@@ -102,7 +114,9 @@ class TensorBoardSink:
         self._maps = {quantity: HeatMap(is_low_worse="entropy" in quantity) for quantity in _SCALES}
         self._known_tags: set[str] = set()
         self._peak = 0.0
-        self._alerts: list[Alert] = []
+        self._num_alerts = 0
+        self._alert_room = max_megabytes * 10**5  # bytes
+        self._onsets: list[tuple[str, int]] = []
         self._num_steps = 0
         self._next_pictures = FIRST_PICTURES
         self._last_step = 0
@@ -125,22 +139,21 @@ class TensorBoardSink:
         """See :class:`~probes.sinks.Sink`."""
         columns = self._columns_of(records.series)
         values, overview = records.values, columns.overview
-        if overview.whole is not None:
-            norm = float(values[overview.whole])
-            self._peak = max(self._peak, norm if math.isfinite(norm) else math.inf)
+        self._peak = max(self._peak, overview.grad_norm(values))
         for heat_map, indices, rows in columns.maps:
             heat_map.add(records.step, rows, values[indices])
         self._last_step = records.step
         self._num_steps += 1
         if records.step % self._files.stride == 0:
-            numbers = overview.values(values, self._peak, len(self._alerts))
+            numbers = overview.values(values, self._peak, self._num_alerts)
             event = columns.event.serialised(
                 time.time(),
                 records.step,
                 np.concatenate([values[columns.layers], numbers]),
                 b"".join(self._distribution(name, values[heads]) for name, heads in columns.heads),
             )
-            if self._files.append(event):
+            self._files.append(event)
+            if self._files.thin_if_full():
                 self._draw()
         if self._num_steps >= self._next_pictures:
             self._next_pictures *= 2
@@ -148,8 +161,8 @@ class TensorBoardSink:
 
     def write_alert(self, alert: Alert) -> None:
         """See :class:`~probes.sinks.Sink`."""
-        self._alerts.append(alert)
-        if len(self._alerts) > MAX_ALERTS:  # a detector that speaks at every step
+        self._num_alerts += 1
+        if self._num_alerts > MAX_ALERTS:  # a detector that speaks at every step
             return
         lines = [f"**{alert.severity}** in `{alert.layer}`: {alert.reason}"]
         if alert.evidence:
@@ -163,10 +176,14 @@ class TensorBoardSink:
         lines.append(f"<!-- {fields} -->")
         told = self._summaries.text("alerts", "\n\n".join(lines))
         # After the text: an event that begins with a scalar is a step's, and thinned.
-        tag = Series(alert.layer, f"alert/{alert.kind or alert.quantity}").tag
-        told.value.add(tag=tag, simple_value=2.0 if alert.severity == "divergence" else 1.0)
+        marker, value = alert_marker(alert)
+        told.value.add(tag=marker.tag, simple_value=value)
+        self._alert_room -= told.ByteSize()
+        if self._alert_room < 0:
+            return
         self._add(alert.step, told)
-        if len(self._alerts) <= MAX_ONSETS:
+        if len(self._onsets) < MAX_ONSETS:
+            self._onsets.append((alert.layer, alert.step if alert.onset_step is None else alert.onset_step))
             self._draw()
 
     def close(self) -> None:
@@ -211,14 +228,20 @@ class TensorBoardSink:
 
     def _distribution(self, quantity: str, values: np.ndarray) -> bytes:
         """All heads of the model as one histogram, a serialised Summary."""
-        finite = values[np.isfinite(values)]
+        # TensorBoard's precision: between values that differ by less, bins would not find room.
+        with np.errstate(over="ignore"):
+            rounded = values.astype(np.float32).astype(np.float64)
+        finite = rounded[np.isfinite(rounded)]
         if not finite.size:
             return b""
-        counts, edges = np.histogram(finite, bins=min(30, 1 + finite.size))
+        low, high = finite.min(), finite.max()
+        counts, edges = np.array([finite.size]), np.array([low, high])
+        if low < high:
+            counts, edges = np.histogram(finite, bins=min(30, 1 + finite.size))
         summary = self._summaries.histogram_raw(
             f"{quantity}/heads",
-            min=finite.min(),
-            max=finite.max(),
+            min=low,
+            max=high,
             num=finite.size,
             sum=finite.sum(),
             sum_squares=np.square(finite).sum(),
@@ -232,6 +255,8 @@ class TensorBoardSink:
             if not heat_map.steps:
                 continue
             layers, values = heat_map.shown(self._layers)
+            if not layers:  # nothing but infinities so far, which are the empty cell
+                continue
             worst = "smallest" if heat_map.is_low_worse else "largest"
             picture = heat_map_png(
                 f"{quantity} ({QUANTITIES[quantity].unit})",
@@ -241,10 +266,7 @@ class TensorBoardSink:
                 values,
                 _SCALES[quantity],
                 is_low_worse=heat_map.is_low_worse,
-                onsets=[
-                    (alert.layer, alert.step if alert.onset_step is None else alert.onset_step)
-                    for alert in self._alerts[:MAX_ONSETS]
-                ],
+                onsets=self._onsets,
             )
             image = self._summary.Image(encoded_image_string=picture, colorspace=3)
             image.width, image.height = (
@@ -255,12 +277,15 @@ class TensorBoardSink:
 
     def _add(self, step: int, summary: Summary) -> None:
         event = self._event(wall_time=time.time(), step=step, summary=summary)
-        if self._files.append(event.SerializeToString()):
-            self._draw()
+        self._files.append(event.SerializeToString())
 
 
 def check_hparams(hparams: Mapping[str, HParam]) -> None:
-    """Raises TypeError unless all are named numbers, texts or truth values."""
+    """Raises TypeError unless it is a mapping of names to numbers, texts or truth values."""
+    if not isinstance(hparams, Mapping):
+        raise TypeError(
+            f"`hparams` must be a dict, such as {{'learning rate': 1e-3}}; got {type(hparams).__name__}."
+        )
     for name, value in hparams.items():
         if not isinstance(name, str) or not isinstance(value, bool | int | float | str):
             raise TypeError(

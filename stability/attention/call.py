@@ -33,6 +33,13 @@ class AttentionCall:
         query_lengths: [batch] numbers of valid queries.
         bias: Sigmoid only; None means −ln(key_lengths).
         score_bias: Sigmoid only; [tokens_k] or [batch, tokens_k], added to the logits.
+
+    Example:
+        >>> import torch, stability
+        >>> query = torch.zeros(1, 2, 3, 4)
+        >>> call = AttentionCall("softmax", query, key=query, is_causal=True)
+        >>> stability.attention_statistics(**vars(call)).entropy[0, 0].exp()  # of 1, 2 and 3 keys
+        tensor([1., 2., 3.])
     """
 
     mechanism: Mechanism

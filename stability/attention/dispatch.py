@@ -32,9 +32,9 @@ Implementation = Literal["auto", "hopper", "triton", "reference"]
 Precision = Literal["accurate", "fast"]
 SoftmaxImplementation = Literal["auto", "fused", "reference"]
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # of our portable kernels and of FlashAttention
+HALF = (torch.float16, torch.bfloat16)
 _IMPLEMENTATIONS, _PRECISIONS = get_args(Implementation), get_args(Precision)
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class Explanation:
     Attributes:
         implementation: "hopper", "triton" or "reference".
         refusals: Name of each faster implementation → the reason it is not taken.
+
+    Example:
+        >>> print(Explanation("reference", {"triton": "the tensors are on the CPU"}))
+        sigmoid_attention runs on 'reference'.
+          not 'triton': the tensors are on the CPU.
     """
 
     implementation: str
@@ -123,7 +128,7 @@ def why_not_triton(
     """
     if (reason := _machine_reason(query.device.type, query.device.index)) is not None:
         return reason
-    if query.dtype is not torch.float32 and query.dtype not in _HALF:
+    if query.dtype is not torch.float32 and query.dtype not in HALF:
         return f"kernels take float16, bfloat16 and float32, not {query.dtype}"
     if terms.attn_mask is not None:
         return "kernels take no `attn_mask` (padding goes by lengths, a bias per key by `score_bias`)"
@@ -131,7 +136,7 @@ def why_not_triton(
         return "kernels have no dropout"
     if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
         return f"head dimensions end at {MAX_HEAD_DIM}, not {query.shape[3]} and {value.shape[3]} (value)"
-    if is_fast and query.dtype not in _HALF:
+    if is_fast and query.dtype not in HALF:
         return f'precision "fast" is for float16 and bfloat16, not {query.dtype}'
     if is_transformed():
         return "torch.func transforms and forward-mode differentiation go through the reference"
@@ -191,6 +196,16 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def why_not_ampere(device_type: str, index: int | None) -> str | None:
+    """Why a device has neither our kernels nor FlashAttention, or None if it may have them."""
+    if device_type != "cuda":
+        return f"the tensors are on {device_type!r}, not on a CUDA device"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return "it needs compute capability 8.0 (Ampere) or newer, not {}.{}".format(*capability)
+    return None
+
+
 def _machine_reason(device_type: str, index: int | None) -> str | None:
     return _cached_machine_reason(device_type, index)
 
@@ -206,9 +221,4 @@ def _cached_machine_reason(device_type: str, index: int | None) -> str | None:
         return "Triton is not installed"
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None  # Triton's interpreter computes on the CPU
-    if device_type != "cuda":
-        return f"the tensors are on {device_type!r}, not on a CUDA device"
-    capability = torch.cuda.get_device_capability(index)
-    if capability < (8, 0):
-        return "it needs compute capability 8.0 (Ampere) or newer, not {}.{}".format(*capability)
-    return None
+    return why_not_ampere(device_type, index)

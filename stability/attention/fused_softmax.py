@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stability.attention.dispatch import is_transformed
+from stability.attention.dispatch import HALF, MAX_HEAD_DIM, is_transformed, why_not_ampere
 from stability.attention.validation import LogitTerms, padding_of
 
-MAX_HEAD_DIM = 256
 # A sequence's padding in eight pieces costs at most an eighth of what it would as one.
 PADDING_PIECES = 8
 
@@ -39,12 +38,10 @@ def why_not_fused(
     Returns:
         The first reason, as the part of a sentence.
     """
-    if query.device.type != "cuda":
-        return f"the tensors are on {query.device.type!r}, not on a CUDA device"
-    if query.dtype not in (torch.float16, torch.bfloat16):
+    if (reason := why_not_ampere(query.device.type, query.device.index)) is not None:
+        return reason
+    if query.dtype not in HALF:
         return f"fused kernels take float16 and bfloat16, not {query.dtype}"
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "FlashAttention needs compute capability 8.0 (Ampere) or newer"
     if terms.attn_mask is not None:
         return "fused kernels disagree about rows that an `attn_mask` empties"
     if query.shape[3] != value.shape[3] or query.shape[3] > MAX_HEAD_DIM:
@@ -94,6 +91,8 @@ def _why_not_varlen(query: Tensor, key: Tensor, terms: LogitTerms, dropout_p: fl
         return "FlashAttention aligns causal order at the last token of each sequence, not at the first"
     if dropout_p > 0:
         return "FlashAttention over lengths has no dropout"
+    if query.shape[3] % 8:
+        return f"FlashAttention over lengths takes head dimensions that 8 divides, not {query.shape[3]}"
     if query.shape[1] != key.shape[1]:
         return "FlashAttention over lengths takes no grouped key heads"
     if not math.isclose(terms.scale, query.shape[3] ** -0.5, rel_tol=1e-6):

@@ -42,6 +42,13 @@ class AttentionStatistics:
         derivative_max: p₁(1 − p₁) for softmax, max s(1 − s) for sigmoid; at most 1/4.
         row_sum: Σ s; None for softmax, where it is 1.
         saturated_share: Share of allowed keys with s > 0.99; None for softmax.
+
+    Example:
+        >>> import torch
+        >>> query = torch.zeros(1, 1, 2, 4)  # all logits 0: two equal keys
+        >>> statistics = attention_statistics(query, query, mechanism="softmax")
+        >>> statistics.jacobian_spectral.flatten().tolist(), statistics.off_diagonal_share.flatten().tolist()
+        ([0.5, 0.5], [0.5, 0.5])
     """
 
     mechanism: Mechanism

@@ -11,6 +11,7 @@ from torch import Tensor
 from stability.attention.rows import Coverage
 
 Kind = Literal["exact", "estimate", "lower_bound", "upper_bound"]
+"""How a recorded value relates to the quantity: exact, a sampled mean, or a bound of it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,13 @@ def logit_growth_detector(
 
     Source:
         Wortsman et al. 2309.14322; Dehghani et al. 2302.05442.
+
+    Example:
+        >>> detector = logit_growth_detector()
+        >>> for step, value in enumerate([4.0, 4.5, 5.0, 5.5, 30.0]):
+        ...     for alert in detector.update(step, {"attention/max_logit": {"blocks.1": value}}):
+        ...         print(alert.step, alert.kind, alert.layer)
+        4 logit-growth blocks.1
     """
     return QuantityRangeDetector(
         "attention/max_logit",
@@ -43,6 +50,13 @@ def large_logit_detector(*, limit: float = 100.0, ratio: float = 3.0) -> Quantit
 
     Source:
         As :func:`logit_growth_detector`.
+
+    Example:
+        >>> detector = large_logit_detector()
+        >>> for step, value in enumerate([20.0, 25.0, 30.0, 35.0, 120.0]):
+        ...     for alert in detector.update(step, {"attention/max_logit": {"blocks.1": value}}):
+        ...         print(alert.step, alert.kind, alert.layer)
+        4 logit-growth blocks.1
     """
     return QuantityRangeDetector(
         "attention/max_logit", "logit-growth", "attention logits have grown large", limit=limit, ratio=ratio
@@ -61,6 +75,13 @@ def entropy_collapse_detector(
 
     Source:
         Zhai et al. 2303.06296, who tie low attention entropy to divergence.
+
+    Example:
+        >>> detector = entropy_collapse_detector()
+        >>> for step, value in enumerate([3.2, 3.1, 3.2, 3.0, 0.4]):
+        ...     for alert in detector.update(step, {"attention/entropy": {"blocks.1": value}}):
+        ...         print(alert.step, alert.kind, alert.layer)
+        4 entropy-collapse blocks.1
     """
     return QuantityRangeDetector(
         "attention/entropy",
@@ -82,6 +103,13 @@ def saturation_detector(*, limit: float = 0.7, ratio: float = 1.5) -> QuantityRa
 
     Source:
         Ramapuram et al. 2409.04431; 2604.27124. The limit is calibrated.
+
+    Example:
+        >>> detector = saturation_detector()
+        >>> for step, value in enumerate([0.1, 0.1, 0.12, 0.11, 0.9]):
+        ...     for alert in detector.update(step, {"attention/saturated_share": {"blocks.1": value}}):
+        ...         print(alert.step, alert.kind, alert.layer)
+        4 saturation blocks.1
     """
     return QuantityRangeDetector(
         "attention/saturated_share", "saturation", "sigmoid attention saturates", limit=limit, ratio=ratio
@@ -97,6 +125,13 @@ def row_sum_growth_detector(*, limit: float = 16.0, ratio: float = 8.0) -> Quant
 
     Source:
         Large attention norms are what hurts sigmoid attention: Ramapuram et al. 2409.04431. Calibrated.
+
+    Example:
+        >>> detector = row_sum_growth_detector()
+        >>> for step, value in enumerate([1.0, 1.1, 1.2, 1.1, 40.0]):
+        ...     for alert in detector.update(step, {"attention/row_sum": {"blocks.1": value}}):
+        ...         print(alert.step, alert.kind, alert.layer)
+        4 row-sum-growth blocks.1
     """
     return QuantityRangeDetector(
         "attention/row_sum", "row-sum-growth", "sigmoid attention's rows have grown", limit=limit, ratio=ratio
@@ -112,6 +147,13 @@ def jacobian_growth_detector(*, limit: float = 1.0, ratio: float = 4.0) -> Quant
 
     Source:
         docs/science.md; 2604.27124.
+
+    Example:
+        >>> detector = jacobian_growth_detector()
+        >>> for step, value in enumerate([0.2, 0.2, 0.25, 0.2, 1.5]):
+        ...     for alert in detector.update(step, {"attention/jacobian_frobenius": {"blocks.1": value}}):
+        ...         print(alert.step, alert.kind, alert.layer)
+        4 jacobian-growth blocks.1
     """
     return QuantityRangeDetector(
         "attention/jacobian_frobenius",
@@ -131,6 +173,13 @@ def dense_coupling_detector(*, limit: float = 0.45, ratio: float = 3.0) -> Quant
 
     Source:
         docs/science.md; 2604.27124. The limit is calibrated.
+
+    Example:
+        >>> detector = dense_coupling_detector()
+        >>> for step, value in enumerate([0.1, 0.1, 0.12, 0.11, 0.48]):
+        ...     for alert in detector.update(step, {"attention/off_diagonal_share": {"blocks.1": value}}):
+        ...         print(alert.step, alert.kind, alert.layer)
+        4 dense-coupling blocks.1
     """
     return QuantityRangeDetector(
         "attention/off_diagonal_share",

@@ -35,6 +35,11 @@ class Alert:
         remedies: What usually helps, with its literature.
         rank: Process of a distributed run where a value that is not finite came up first; None where that is
             not known, or there is one process.
+
+    Example:
+        >>> alert = Alert(120, "blocks.3.mlp", "grad_norm", "warning", 9.0, 0.1, "it grew", onset_step=114)
+        >>> print(alert)
+        step 120: warning in blocks.3.mlp, since step 114: it grew
     """
 
     step: int
@@ -57,7 +62,22 @@ class Alert:
 
 
 class Detector(Protocol):
-    """Turns the numbers of one step after the other into alerts."""
+    """Turns the numbers of one step after the other into alerts.
+
+    Example:
+        >>> class LossIsNaN:
+        ...     def update(self, step, readings):
+        ...         loss = readings.get("loss", {}).get(ALL_LAYERS, 0.0)
+        ...         if loss == loss:
+        ...             return []
+        ...         return [Alert(step, ALL_LAYERS, "loss", "divergence", loss, None, "it is no number")]
+        ...     def state_dict(self):
+        ...         return {}
+        ...     def load_state_dict(self, state):
+        ...         pass
+        >>> print(*LossIsNaN().update(5, {"loss": {ALL_LAYERS: float("nan")}}))
+        step 5: divergence in (all): it is no number
+    """
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """Takes the numbers of the next recorded step; answers with the alerts that begin there."""

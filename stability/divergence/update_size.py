@@ -18,6 +18,13 @@ def update_rms_detector(*, limit: float = 10.0, ratio: float = 3.0) -> QuantityR
 
     Source:
         Wortsman et al. 2304.13013 §3.
+
+    Example:
+        >>> detector = update_rms_detector()
+        >>> for step, value in enumerate([1.0, 1.1, 30.0]):
+        ...     for alert in detector.update(step, {"adam_update_rms": {"blocks.1": value}}):
+        ...         print(alert.step, alert.kind, alert.layer)
+        2 update-rms blocks.1
     """
     return QuantityRangeDetector(
         "adam_update_rms",
@@ -39,6 +46,13 @@ def update_ratio_detector(*, limit: float = 0.3, ratio: float = 3.0) -> Quantity
 
     Source:
         Common practice (Karpathy); the limit is calibrated.
+
+    Example:
+        >>> detector = update_ratio_detector()
+        >>> for step, value in enumerate([1e-3, 1e-3, 0.8]):
+        ...     for alert in detector.update(step, {"update_ratio": {"blocks.1": value}}):
+        ...         print(alert.step, alert.kind, alert.layer)
+        2 update-ratio blocks.1
     """
     return QuantityRangeDetector(
         "update_ratio",

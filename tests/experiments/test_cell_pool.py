@@ -15,7 +15,7 @@ from experiments.prepare_cells import held_out, write_prepared
 def prepared(tmp_path) -> Path:
     cells = synthetic_cells(num_cells=12, num_genes=40, num_types=3, counts_per_cell=120)
     path = tmp_path / "cells.npz"
-    write_prepared(path, cells, held_out(len(cells), 0.3, seed=0))
+    write_prepared(path, cells, held_out(np.arange(len(cells)).astype(str), 0.3, seed=0))
     return path
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,21 @@ def test_the_reference_is_the_error_of_the_training_mean(pool):
     hidden = torch.cat([batch.targets[batch.mask] for batch in asked.validation_batches(3)])
     mean = float(pool.train.expression.data.mean())
     assert asked.reference == pytest.approx(float((hidden - mean).square().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("is_heavy_tailed", [False, True])
+def test_without_attention_a_value_is_told_by_its_gene(pool, is_heavy_tailed):
+    asked = task(pool, is_heavy_tailed=is_heavy_tailed)
+    dense = pool.train.expression.toarray()
+    scale = np.expm1(pool.train.expression.data).std()
+    targets = np.expm1(dense) / scale if is_heavy_tailed else dense
+    means = targets.sum(axis=0) / (dense > 0).sum(axis=0)
+    errors = [
+        (batch.targets[batch.mask].numpy() - means[batch.genes[batch.mask].numpy()]) ** 2
+        for batch in asked.validation_batches(3)
+    ]
+    assert asked.without_attention == pytest.approx(float(np.concatenate(errors).mean()), rel=1e-4)
+    assert asked.without_attention < asked.reference
 
 
 def test_heavy_tails_are_counts_of_unit_variance_and_inputs_stay_logged(pool):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import sparse
 
+from experiments import gene_ranks
 from experiments.cell_pool import CellPool, synthetic_pool
 from experiments.cell_transformer import CellTransformerConfig
 from experiments.cells import Cells
@@ -79,6 +80,21 @@ def test_the_reference_is_the_unigram_cross_entropy():
     cells = by_hand([[5, 1, 0], [5, 0, 1]])
     task = RankTask(CellPool(cells, cells), batch_size=1, tokens=3, seed=0)
     assert task.reference == pytest.approx(-(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25)))
+
+
+def test_without_attention_a_gene_is_told_by_its_rank(monkeypatch):
+    monkeypatch.setattr(gene_ranks, "RANKS_PER_GROUP", 2)
+    monkeypatch.setattr(gene_ranks, "_PRIOR_TOKENS", 1e-6)
+    # Ranks 0 and 1 hold genes 0 and 1, ranks 2 and 3 genes 2 and 3, in every order.
+    cells = by_hand([[9, 8, 2, 1], [8, 9, 1, 2], [9, 8, 1, 2], [8, 9, 2, 1]])
+    monkeypatch.setattr(gene_ranks, "gene_medians", lambda cells: np.ones(4))
+    task = RankTask(CellPool(cells, cells), batch_size=2, tokens=4, seed=0)
+    assert task.reference == pytest.approx(math.log(4))
+    assert task.without_attention == pytest.approx(math.log(2), rel=1e-4)
+
+
+def test_where_ranks_tell_nothing_only_frequencies_are_left(task):
+    assert task.without_attention == pytest.approx(task.reference, abs=0.1)
 
 
 def test_a_head_that_knows_nothing_scores_uniformly(task):

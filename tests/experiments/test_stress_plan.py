@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 
 from experiments.cell_transformer import CellTransformer, CellTransformerConfig
@@ -9,9 +10,11 @@ from experiments.gene_ranks import RankTransformer
 from experiments.prepare_cells import NUM_GENES
 from experiments.stress_plan import (
     LEASE_MINUTES,
+    NUM_GPUS,
     QUESTIONS,
     START_SECONDS,
     estimated_seconds,
+    expected_minutes,
     main,
     planned_runs,
 )
@@ -34,14 +37,31 @@ def test_both_mechanisms_get_the_same():
         assert question.prediction
 
 
-def test_every_run_but_the_lead_fits_a_session_of_two_side_by_side():
-    for session in range(1, 7):
-        of_session = [
-            START_SECONDS + estimated_seconds(config)
-            for question, config in planned_runs().values()
-            if question.session == session and not question.may_be_cut
-        ]
-        assert sum(of_session) / 2 <= 60 * LEASE_MINUTES, session
+def test_every_session_fits_a_lease_of_the_machine_it_is_made_for():
+    for session in (1, 2):
+        questions = [question for question in QUESTIONS if question.session == session]
+        assert 0.75 * LEASE_MINUTES < expected_minutes(questions, NUM_GPUS) < LEASE_MINUTES
+    assert {question.session for question in QUESTIONS} == {1, 2}
+    assert [question.session for question in QUESTIONS] == sorted(question.session for question in QUESTIONS)
+
+
+def test_a_run_alone_takes_half_as_long_where_the_gpu_sets_the_pace():
+    _, lead = planned_runs()["lead-softmax-seed0"]
+    assert estimated_seconds(lead, 1) == pytest.approx(6000 * 0.22)
+    assert estimated_seconds(lead, 2) == pytest.approx(6000 * 0.44)
+
+
+def test_minutes_on_machines_of_several_sizes():
+    (lead,) = (question for question in QUESTIONS if question.name == "lead")
+    (rate,) = (question for question in QUESTIONS if question.name == "rate-1e-3")
+    alone, shared = START_SECONDS + 6000 * 0.22, START_SECONDS + 6000 * 0.44
+    assert expected_minutes([lead], 1) == pytest.approx(shared / 60)
+    assert expected_minutes([lead], 2) == pytest.approx(alone / 60)
+    assert expected_minutes([lead], 4) == pytest.approx(alone / 60)
+    of_six = START_SECONDS + 1500 * 0.11
+    assert expected_minutes([rate], 1) == pytest.approx(3 * of_six / 60)
+    assert expected_minutes([rate], 4) == pytest.approx(of_six / 60)
+    assert expected_minutes([lead, rate], 4) == pytest.approx(alone / 60)
 
 
 def test_every_model_has_between_154_and_162_million_parameters():
@@ -56,17 +76,26 @@ def test_every_model_has_between_154_and_162_million_parameters():
 
 def test_a_small_preset_changes_sizes_and_keeps_the_question():
     runs = planned_runs("tiny")
-    assert runs.keys() == planned_runs().keys()
-    _, deep = runs["deep-softmax-seed0"]
+    assert list(runs) == [f"tiny-{name}" for name in planned_runs()]
+    assert all(config.name == name for name, (_, config) in runs.items())
+    _, deep = runs["tiny-deep-softmax-seed0"]
     assert (deep.preset, deep.data, deep.tokens, deep.model) == ("tiny", "synthetic", 64, {})
-    _, post = runs["post-ln-sigmoid-seed0"]
+    _, post = runs["tiny-post-ln-sigmoid-seed0"]
     assert post.model == {"norm_position": "post"}
-    assert runs["bfloat16-weights-softmax-seed0"][1].precision == "bfloat16"
+    assert runs["tiny-bfloat16-weights-softmax-seed0"][1].precision == "bfloat16"
 
 
 def test_the_plan_is_printed_with_its_predictions(capsys):
-    assert main() == 0
+    assert main([]) == 0
     printed = capsys.readouterr().out
     for question in QUESTIONS:
         assert question.hypothesis in printed
         assert question.prediction in printed
+
+
+def test_the_cost_is_of_the_machine_asked_for(capsys):
+    assert main(["--gpus", "1"]) == 0
+    (lead,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Session 1"))
+    assert lead.startswith("Session 1: 20 runs, 88 minutes expected on 1 GPUs")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--gpus", "0"])

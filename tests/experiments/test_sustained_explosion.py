@@ -19,6 +19,7 @@ def recorded(
     validation: float = 8.5,
     metric: str = "cross-entropy, nats",
     reference: float = 9.0,
+    without_attention: float | None = None,
     layers: dict[str, np.ndarray] | None = None,
     attention: dict[str, float] | None = None,
     mechanism: str = "softmax",
@@ -33,6 +34,7 @@ def recorded(
     facts = {
         "metric": metric,
         "reference": reference,
+        "without_attention": reference if without_attention is None else without_attention,
         "validation": [(len(norms), validation)],
         "config": {"mechanism": mechanism},
     }
@@ -92,9 +94,16 @@ def test_the_first_steps_have_a_column_of_their_own():
 def test_no_healthy_baseline_no_explosion(norms, losses):
     norms = np.where(np.arange(STEPS) >= 400, 1e9, norms)
     judgement = judge_long_run(recorded(norms, losses))
-    assert judgement.baseline is None
-    assert judgement.sustained is None
-    assert judgement.verdict in ("no baseline", "not finite")
+    assert not judgement.has_baseline
+    assert judgement.baseline == pytest.approx(0.2)
+    assert judgement.sustained == pytest.approx(math.log10(1e9 / 0.2))
+    assert judgement.diverged_at in (None, 20)
+    assert judgement.verdict in ("learned", "not finite")
+
+
+def test_a_run_that_ends_before_step_300_has_no_baseline_at_all():
+    judgement = judge_long_run(recorded(np.full(200, 0.2)))
+    assert (judgement.baseline, judgement.has_baseline, judgement.first_steps) == (None, False, None)
 
 
 def test_a_run_that_ends_at_nan():
@@ -110,12 +119,44 @@ def test_gradients_that_are_no_number_for_ten_steps_are_an_explosion():
 
 
 def test_stable_without_learning_has_failed():
-    assert judge_long_run(recorded(validation=8.99)).verdict == "failed"
+    assert judge_long_run(recorded(validation=8.99)).verdict == "failed: not learned"
     regression = {"metric": "mean squared error", "reference": 2.0}
     judgement = judge_long_run(recorded(validation=1.98, **regression))
-    assert (judgement.verdict, judgement.is_healthy) == ("failed", False)
+    assert (judgement.verdict, judgement.is_healthy) == ("failed: not learned", False)
     learned = judge_long_run(recorded(validation=1.0, **regression))
     assert (learned.verdict, learned.gain, learned.is_healthy) == ("learned", 0.5, True)
+
+
+def test_what_needs_no_attention_is_not_learned():
+    regression = {"metric": "mean squared error", "reference": 2.0, "without_attention": 0.7}
+    judgement = judge_long_run(recorded(validation=0.65, **regression))
+    assert (judgement.verdict, judgement.is_healthy) == ("failed: not learned", False)
+    assert judgement.gain == pytest.approx(0.675)
+    assert judge_long_run(recorded(validation=0.59, **regression)).verdict == "learned"
+    assert judge_long_run(recorded(validation=8.84, without_attention=8.9)).verdict == "learned"
+    assert judge_long_run(recorded(validation=8.86, without_attention=8.9)).verdict == "failed: not learned"
+
+
+def test_a_collapsed_run_has_failed_whatever_it_learned():
+    run = recorded(attention={"attention/entropy": 0.05})
+    judgement = judge_long_run(run)
+    assert (judgement.verdict, judgement.is_healthy) == ("failed: collapsed", False)
+    assert judgement.gain == pytest.approx(0.5)
+    exploded = recorded(calm(2e4, 450, 10), attention={"attention/entropy": 0.05})
+    assert judge_long_run(exploded).verdict == "exploded"
+
+
+def test_a_layer_without_gradient_before_is_not_the_first_to_go():
+    silent = np.where(np.arange(STEPS) < 400, 0.0, 0.1)
+    layers = {"blocks.0.mlp.hidden": silent, "blocks.1.mlp.hidden": calm(1e5, 470, 40)}
+    judgement = judge_long_run(recorded(calm(2e4, 470, 40), layers=layers))
+    assert judgement.first_layer == "blocks.1.mlp.hidden"
+
+
+def test_of_layers_that_go_together_the_farthest_is_first():
+    layers = {"blocks.0.mlp.hidden": calm(2e4, 470, 40), "blocks.1.mlp.hidden": calm(9e5, 470, 40)}
+    judgement = judge_long_run(recorded(calm(2e4, 470, 40), layers=layers))
+    assert judgement.first_layer == "blocks.1.mlp.hidden"
 
 
 def test_too_short():

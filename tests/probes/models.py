@@ -42,6 +42,26 @@ class SelfAttention(nn.Module):
         return self.attention(query, key, value).transpose(1, 2).flatten(-2)
 
 
+class Halves(nn.Linear):
+    """A layer with two outputs of one operation."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(x).chunk(2, -1)
+
+
+class SecondHalf(nn.Module):
+    """Leaves the first of a layer's two outputs unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = Halves(2, 4)
+        self.last = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, second = self.both(x)
+        return self.last(second)
+
+
 def train(
     model: nn.Module, batch: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int
 ) -> None:

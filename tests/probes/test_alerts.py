@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import probes
 from probes.alerts import AlertAction
@@ -30,6 +32,18 @@ def test_it_warns_once_per_kind_and_severity() -> None:
         "step 7: warning in blocks.1: it rose. (seen one recorded step later)",
         "step 8: divergence in blocks.2: it exploded. (seen one recorded step later)",
     ]
+
+
+def test_the_warning_points_at_the_line_of_the_script() -> None:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    probe = probes.attach(model, optimizer, every=0, details_every=0, activations_every=0)
+    probe.log(loss=float("nan"))
+    optimizer.step()
+    with pytest.warns(probes.DivergenceWarning) as caught:
+        optimizer.step()
+        probe.close()
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_the_warning_says_where_the_report_is(tmp_path: Path) -> None:

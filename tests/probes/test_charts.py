@@ -20,6 +20,7 @@ from probes.reading import RecordedSeries
 from probes.record import ALL_LAYERS
 
 NAN, INF = float("nan"), float("inf")
+MAX = np.finfo(np.float64).max
 
 
 def run(
@@ -95,7 +96,7 @@ def test_what_is_not_finite_is_a_checkerboard_and_what_is_missing_is_empty() -> 
     assert set(np.unique(image[:, 3 * quarter :])) == {0}
 
 
-@pytest.mark.parametrize("values", [[[NAN, NAN]], [[0.0, 0.0]], [[7.0, 7.0]], [[5e-324, 1e308]]])
+@pytest.mark.parametrize("values", [[[NAN, NAN]], [[0.0, 0.0]], [[7.0, 7.0]], [[5e-324, MAX]], [[-MAX, MAX]]])
 def test_extremes_are_drawn(values: list[list[float]]) -> None:
     for svg in (heat_map(values, [0, 1], ["a"]), line(values[0])):
         ElementTree.fromstring(svg)

@@ -16,6 +16,7 @@ from experiments.cell_transformer import CellTransformer, CellTransformerConfig
 from experiments.token_transformer import TokenTransformer, TokenTransformerConfig
 from probes.record import Record
 from stability.attention.compiled import IS_SUPPORTED
+from tests.probes.models import SecondHalf
 
 pytestmark = pytest.mark.skipif(not IS_SUPPORTED, reason=f"needs torch 2.13; this is {torch.__version__}")
 
@@ -137,6 +138,22 @@ def test_the_same_is_recorded(
     for name, value in seen.items():
         assert value == pytest.approx(eager[name], rel=1e-3, abs=1e-5), name
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.filterwarnings("error::probes.ProbeWarning")
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)  # inductor compiles C++
+def test_an_output_that_the_loss_does_not_depend_on_costs_no_other_gradient(backend: str) -> None:
+    def call(model: Any) -> Tensor:
+        return model(INPUT[..., :2])
+
+    def compile(model: nn.Module) -> Any:
+        return torch.compile(model, fullgraph=True, backend=backend)
+
+    _, eager = record(SecondHalf, call, attention_every=0)
+    _, seen = record(SecondHalf, call, compile, attention_every=0)
+    assert seen == pytest.approx(eager, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.slow  # compiles C++

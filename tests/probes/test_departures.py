@@ -18,7 +18,7 @@ LAYERS = [f"blocks.{index}" for index in range(12)]
 STEPS = np.arange(400)
 
 
-def sound_run(quantity: str = "grad_norm") -> np.ndarray:
+def sound_run() -> np.ndarray:
     """Every layer at its own level, all falling together, with noise."""
     generator = np.random.default_rng(0)
     levels = 10.0 ** np.linspace(-3, 1, 12)[:, None]

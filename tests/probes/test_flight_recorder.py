@@ -127,8 +127,18 @@ def test_a_file_of_another_size_is_set_aside(tmp_path: Path) -> None:
 def test_a_run_taken_up_at_an_earlier_step(tmp_path: Path) -> None:
     recorder = FlightRecorder(tmp_path / "f.bin")
     for step in (0, 1, 2, 3, 1, 2):
-        recorder.write(step_records(step, names(1)))
-    assert [records.step for records in read_steps(recorder.path)] == [0, 1, 1, 2]
+        recorder.write(step_records(step, names(2 if step == 1 else 1)))
+    recorder.write(step_records(2, names(1)))
+    assert [records.step for records in read_steps(recorder.path)] == [0, 1, 2]
+
+
+def test_a_step_that_is_told_in_two_parts_is_no_later_attempt(tmp_path: Path) -> None:
+    train(tmp_path, 2, same_step=True, details_every=1)
+    before, after = [set(records.series) for records in read_steps(tmp_path / "flight_recorder.bin")[:2]]
+    assert {series.quantity for series in after} == {"update_ratio"}
+    assert before.isdisjoint(after)
+    train(tmp_path, 1, same_step=True, every=0, details_every=1)  # from step 0 again
+    assert [records.step for records in read_steps(tmp_path / "flight_recorder.bin")] == [0, 0]
 
 
 def test_two_recorders_do_not_share_a_file(tmp_path: Path) -> None:

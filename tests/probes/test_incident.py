@@ -164,6 +164,21 @@ raise {kind}
         subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120, check=False)
         assert folders(tmp_path) == [f"step-000003-{kind}"]
 
+    def test_a_script_that_goes_to_another_directory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path)
+        model = nn.Linear(1, 1)
+        with probes.attach(
+            model, log_dir="run", detectors=[Script({0: "warning"})], on_divergence="ignore"
+        ) as probe:
+            monkeypatch.chdir(tmp_path / "elsewhere")
+            model(torch.ones(1, 1)).sum().backward()
+            probe.step()
+        assert folders(tmp_path / "run") == ["step-000000-gradient-explosion"]
+        assert not list((tmp_path / "elsewhere").iterdir())
+
 
 class TestWhat:
     @pytest.fixture

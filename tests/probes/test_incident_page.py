@@ -92,11 +92,12 @@ def test_both_pages_hold_the_same_facts(render: Any) -> None:
     ):
         assert fact in page
     assert "cd '/a b' && python train.py --lr 1" in page.replace("&#x27;", "'").replace("&amp;", "&")
-    assert "with the checkpoint of step 20 loaded" in page
+    assert "with the checkpoint of step 20 loaded and another log_dir" in page
 
 
 def test_the_recipe_has_two_lines() -> None:
     assert len(incident_page._recipe(incident())) == 2
+    assert "as before, with another log_dir" in incident_page._recipe(incident(checkpoint_step=0))[0]
 
 
 def test_the_page_is_well_formed() -> None:

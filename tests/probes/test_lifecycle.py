@@ -17,7 +17,7 @@ import stability
 from probes import transfer
 from probes.record import StepRecords
 from probes.sinks import MemorySink
-from stability.divergence import Alert
+from stability.divergence import Alert, NonFiniteDetector
 from tests.probes.models import SelfAttention, torch_attention, transformer_encoder
 
 
@@ -98,6 +98,21 @@ class TestBadInput:
         with pytest.raises(ValueError, match="`on_divergence` must be one of"):
             probes.attach(nn.Linear(1, 1), on_divergence="panic")
 
+    @pytest.mark.parametrize(
+        ("name", "given", "got"),
+        [
+            ("sinks", MemorySink(), "got MemorySink"),
+            ("sinks", [MemorySink], "got the class MemorySink itself"),
+            ("sinks", [Path("run.jsonl")], "one of them is "),
+            ("detectors", NonFiniteDetector(), "got NonFiniteDetector"),
+            ("detectors", [NonFiniteDetector], "got the class NonFiniteDetector itself"),
+            ("detectors", "all", "got str"),
+        ],
+    )
+    def test_what_is_no_list_of_sinks_or_detectors(self, name: str, given: object, got: str) -> None:
+        with pytest.raises(TypeError, match=f"`{name}` must be a list of objects with .*{got}"):
+            probes.attach(nn.Linear(1, 1), **{name: given})
+
     def test_an_unwritable_log_dir(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         model, optimizer = linear()
@@ -133,6 +148,25 @@ class TestBadInput:
         model, optimizer = linear()
         with probes.attach(model, optimizer) as probe, pytest.raises(RuntimeError, match="Remove the call"):
             probe.step()
+
+    def test_never_stepping_without_an_optimizer_is_said_once(self) -> None:
+        model = nn.Linear(2, 1)
+        with pytest.warns(probes.ProbeWarning, match=r"probe\.step\(\) was never called") as caught:
+            with probes.attach(model):
+                for _ in range(2):
+                    model(torch.ones(1, 2)).sum().backward()
+        assert [warning.filename for warning in caught] == [__file__]
+
+    @pytest.mark.filterwarnings("error::probes.ProbeWarning")
+    def test_nothing_is_said_of_a_step_that_is_cut_short(self) -> None:
+        model = nn.Linear(2, 1)
+        with probes.attach(model) as probe:
+            probe.step()
+            model(torch.ones(1, 2))
+        probes.attach(model).close()
+        with pytest.raises(KeyboardInterrupt), probes.attach(model):
+            model(torch.ones(1, 2))
+            raise KeyboardInterrupt
 
     def test_logging_what_is_no_number(self) -> None:
         with probes.attach(nn.Linear(1, 1)) as probe:
@@ -346,13 +380,33 @@ class TestDivergence:
         assert not recwarn.list
 
     def test_a_failing_detector_is_dropped(self) -> None:
-        class Buggy:
+        class Buggy(NonFiniteDetector):
             def update(self, step: int, readings: object) -> list[Alert]:
                 raise KeyError("bug")
 
         with pytest.warns(probes.ProbeWarning, match="Buggy failed and is dropped"):
             _probe, done = self.explode(detectors=[Buggy()])
         assert done == 6
+
+    def test_steps_after_the_checkpoint_are_not_judged_by_what_is_loaded(self) -> None:
+        model, optimizer = linear()
+        with probes.attach(model, optimizer, on_divergence="raise") as probe:
+            one_step(model, optimizer, torch.ones(1, 2))
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            state = probe.state_dict()
+            with pytest.raises(probes.DivergenceError, match="step 1"):
+                for _ in range(2):  # the numbers of step 2 are under way when step 1 is told of
+                    one_step(model, optimizer, torch.full((1, 2), math.nan))
+            model(torch.full((1, 2), math.nan))
+            model.load_state_dict(weights)
+            optimizer.zero_grad()
+            probe.load_state_dict(state)
+            for _ in range(2):
+                one_step(model, optimizer, torch.ones(1, 2))
+        assert [alert.step for alert in probe.alerts] == [1]
+        norms = [r for r in probe.records if (r.quantity, r.layer) == ("grad_norm", "(all)")]
+        assert [r.step for r in norms] == [0, 1, 2, 1, 2]
+        assert [math.isfinite(r.value) for r in norms] == [True, False, False, True, True]
 
     def test_state_continues_after_a_checkpoint(self) -> None:
         model, optimizer = linear()

@@ -136,10 +136,23 @@ def test_a_file_cut_short_is_read_as_far_as_it_goes(tmp_path: Path, sink_type: t
         assert steps == list(range(len(steps)))
 
 
+def test_a_writer_of_the_scripts_own_does_not_enter(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_scalar("grad_norm/a", 7.0, 5)
+    assert set(probes.read(tmp_path)) == {"grad_norm/a"}
+    write_three_steps(TensorBoardSink(tmp_path))
+    assert probes.read(tmp_path)["grad_norm/a"].steps.tolist() == [0, 1, 2]
+
+
 def test_reading_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no run at"):
         probes.read(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="holds no TensorBoard events"):
+        probes.read(tmp_path)
+    (tmp_path / "series.npz").touch()
+    with pytest.raises(FileNotFoundError, match=r"is an incident folder; give its series: .*series\.npz"):
         probes.read(tmp_path)
 
 

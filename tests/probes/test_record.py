@@ -14,6 +14,19 @@ def test_tags_name_quantity_layer_call_and_head() -> None:
     assert Series("a", "attention/entropy", head=3, call=1).tag == "attention/entropy/a/call_1/head_3"
 
 
+@pytest.mark.parametrize(
+    "series",
+    [
+        Series("head_0", "grad_norm"),
+        Series("call_1", "attention/entropy", head=2),
+        Series("blocks.0", "attention/entropy", head=3, call=1),
+        Series("(all)", "loss/head_0"),
+    ],
+)
+def test_a_tag_tells_its_series(series: Series) -> None:
+    assert Series.from_tag(series.tag) == series
+
+
 def test_records_are_frozen_plain_numbers() -> None:
     step = StepRecords(
         4, (Series("a", "x"), Series("b", "x", kind="estimate")), np.ones(2), np.array([math.nan, 0.5])

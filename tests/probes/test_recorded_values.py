@@ -14,7 +14,14 @@ import probes
 import stability
 from probes.record import Record
 from stability.attention.statistics import attention_statistics
-from tests.probes.models import SelfAttention, inplace_cnn, torch_attention, train, transformer_encoder
+from tests.probes.models import (
+    SecondHalf,
+    SelfAttention,
+    inplace_cnn,
+    torch_attention,
+    train,
+    transformer_encoder,
+)
 
 pytestmark = pytest.mark.filterwarnings("error::probes.ProbeWarning")
 
@@ -99,6 +106,16 @@ def test_gradient_gain_telescopes_along_a_chain() -> None:
         assert values_of(probe, "gradient_gain", str(i)) == [pytest.approx(norms[i - 1] / norms[i])]
 
 
+def test_an_output_that_the_loss_does_not_depend_on_costs_no_other_gradient() -> None:
+    model = SecondHalf()
+    with probes.attach(model) as probe:
+        for _ in range(2):
+            model(torch.ones(3, 2)).sum().backward()
+            probe.step()
+    assert values_of(probe, "activation_grad_norm", "both") == []
+    assert values_of(probe, "activation_grad_norm", "last") == [pytest.approx(math.sqrt(6))]
+
+
 def test_extreme_gradients_neither_overflow_nor_vanish() -> None:
     model = nn.Linear(4, 1, bias=False)
     with probes.attach(model) as probe:
@@ -118,6 +135,14 @@ def test_nonfinite_gradients_are_counted_and_kept() -> None:
         probe.step()
     assert values_of(probe, "nonfinite_count", "(root)")[0] == 2
     assert math.isnan(values_of(probe, "grad_norm", "(root)")[0])
+
+
+def test_nonfinite_float64_gradients_are_counted_too() -> None:
+    model = nn.Linear(2, 1).double()
+    with pytest.warns(probes.DivergenceWarning), probes.attach(model) as probe:
+        model(torch.tensor([[1.0, math.nan]], dtype=torch.float64)).sum().backward()
+        probe.step()
+    assert values_of(probe, "nonfinite_count", "(root)") == [1.0]
 
 
 def test_accumulated_forward_passes_make_one_record_per_step() -> None:
@@ -285,6 +310,26 @@ def test_a_closure_is_measured_after_it_ran() -> None:
     with probes.attach(model, optimizer) as probe:
         optimizer.step(closure)
     assert values_of(probe, "grad_norm", "(root)") == [5.0]
+
+
+@pytest.mark.parametrize("is_attention", [True, False])
+def test_required_attention_may_come_within_a_closure(is_attention: bool) -> None:
+    model = nn.MultiheadAttention(8, 2) if is_attention else nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def closure() -> Tensor:
+        inputs = torch.rand(3, 8)
+        loss = model(inputs, inputs, inputs)[0].sum() if is_attention else model(inputs).sum()
+        loss.backward()
+        return loss
+
+    with probes.attach(model, optimizer, attention_every=1) as probe:
+        if is_attention:
+            optimizer.step(closure)
+        else:
+            with pytest.raises(ValueError, match="no attention call"):
+                optimizer.step(closure)
+    assert bool(probe.attention_sites) == is_attention
 
 
 def test_every_thins_and_the_layer_filter_selects() -> None:

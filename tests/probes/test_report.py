@@ -6,6 +6,8 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,10 +17,11 @@ import pytest
 import probes
 from probes.flight_recorder import FlightRecorder
 from probes.flight_recorder_file import FILE_NAME
+from probes.reading import RecordedSeries
 from probes.record import ALL_LAYERS, Series, StepRecords
 from probes.report import main, print_report, write_report
-from probes.report_page import drawn, html
-from probes.reported_run import load_runs
+from probes.report_page import drawn, html, ranking_rows
+from probes.reported_run import ReportedRun, load_runs, reported_run
 from probes.sinks import JsonLinesSink, TensorBoardSink
 from probes.sinks.sink import Sink
 from stability.divergence import Alert
@@ -141,7 +144,69 @@ def test_every_picture_is_a_png_too(runs: Path, tmp_path: Path, capsys: pytest.C
 
 def test_without_a_name_the_report_lies_in_the_run(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "softmax", tmp_path / "run")
-    assert write_report(tmp_path / "run" / "run.jsonl") == tmp_path / "run" / "report.html"
+    assert write_report(tmp_path / "run") == tmp_path / "run" / "report.html"
+    assert write_report(tmp_path / "run" / "run.jsonl") == tmp_path / "run" / "run-report.html"
+
+
+def test_an_incidents_series_leave_its_report_alone_and_say_where_alerts_are_not(tmp_path: Path) -> None:
+    values, steps = np.ones(4), np.arange(4)
+    (tmp_path / "report.html").write_text("the incident's")
+    np.savez(tmp_path / "series.npz", tags=["grad_norm/a"], tag_indices=0 * steps, steps=steps, values=values)
+    page = write_report(tmp_path / "series.npz")
+    assert page == tmp_path / "series-report.html"
+    assert (tmp_path / "report.html").read_text() == "the incident's"
+    text = text_of(page.read_text())
+    assert "Alerts are not in this file" in text
+    assert "alerts not in this file" in text
+    assert "No alert" not in text
+
+
+def run_of(values: np.ndarray, *, alerts: Sequence[Alert] = (), skipped: Sequence[int] = ()) -> ReportedRun:
+    """Gradient norms, float64 [layers, steps]; a GradScaler left the skipped steps' updates out."""
+    steps = np.arange(values.shape[1])
+    series = {
+        f"grad_norm/layer.{row}": RecordedSeries(steps, of_layer) for row, of_layer in enumerate(values)
+    }
+    series["skipped_step/(all)"] = RecordedSeries(steps, np.isin(steps, skipped).astype(float))
+    return reported_run("run", probes.RecordedRun(series, alerts))
+
+
+def test_the_largest_value_is_finite_and_the_first_that_is_not_is_told_beside_it() -> None:
+    values = np.ones((3, 40))
+    values[1, 20], values[0, 31:], values[2, 30:] = 50.0, np.nan, np.inf
+    assert run_of(values).facts["largest gradient norm of a layer"] == (
+        "50 in `layer.1` at step 20; first not finite in `layer.2` at step 30"
+    )
+    assert run_of(np.full((1, 2), np.nan)).facts["largest gradient norm of a layer"] == (
+        "first not finite in `layer.0` at step 0"
+    )
+
+
+def test_steps_that_a_grad_scaler_left_out_are_no_fault() -> None:
+    values = np.ones((4, 40))
+    values[:, [3, 30]] = np.inf
+    run = run_of(values, skipped=(3, 30))
+    assert run.story.title == "Nothing stands out"
+    assert run.broken_step is None
+    assert run.facts["largest gradient norm of a layer"] == "1 in `layer.0` at step 0"
+    assert run.facts["of these, recorded without an update"].startswith("2,")
+    assert np.isinf(run.view.groups["grad_norm"]["layer.0"].values[30])  # pictures show what was recorded
+    assert run_of(values).story.what == "non finite"
+
+
+def test_a_run_of_nothing_but_steps_left_out_is_told() -> None:
+    run = run_of(np.full((1, 3), np.inf), skipped=(0, 1, 2))
+    assert run.story.title == "Nothing to compare"
+    assert "loss" not in str(run.facts)
+
+
+def test_the_layer_of_the_alert_is_ranked_first_with_its_factor() -> None:
+    values = np.ones((50, 40))
+    values[:20, 30:] = np.geomspace(1e2, 1e21, 20)[:, None]  # of the first twenty layers
+    values[:, 30:] *= 5.0  # which all did, and is not theirs
+    rows = ranking_rows(run_of(values, alerts=(replace(ALERT, layer="layer.2"),)))
+    assert [(row[0], row[4]) for row in rows[:2]] == [("`layer.2`", "×1e+04"), ("`layer.19`", "×1e+21")]
+    assert len(rows) == 10
 
 
 def test_the_terminal_gets_story_and_tables(
@@ -241,5 +306,5 @@ def test_a_million_steps_of_200_layers_take_less_than_a_minute(tmp_path: Path) -
     assert headline(page).endswith("non finite in blocks.1.m3")
     assert "before step 800000" in text_of(page)
     ranking = text_of(page).split("Layers that went farthest")[1]
-    assert re.search(r"blocks\.7\.m7\s+grad_norm\s+[\d.]+\s+1e\+06\s+600000", ranking)
+    assert re.search(r"blocks\.7\.m7\s+grad_norm\s+[\d.]+\s+1e\+06\s+×\S+\s+600000", ranking)
     assert probes.read(tmp_path)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stability.norms import max_abs, tensor_norms
+from stability.norms import count_nonfinite, max_abs, tensor_norms
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -70,6 +70,16 @@ def test_nan_and_infinity_stay_visible(device: str) -> None:
 def test_no_graph_is_kept() -> None:
     (norm,) = tensor_norms([torch.ones(3, requires_grad=True)])
     assert not norm.requires_grad
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_not_finite_is_counted(dtype: torch.dtype, device: str) -> None:
+    tensors = [
+        torch.tensor(entries, dtype=dtype, device=device)
+        for entries in ([1.0, math.nan, -math.inf], [0.0, 2.0], [math.inf, math.inf, math.inf])
+    ]
+    assert [int(count) for count in count_nonfinite(tensors, tensor_norms(tensors))] == [2, 0, 3]
 
 
 def test_max_abs_is_of_either_sign_and_keeps_the_dtype() -> None:

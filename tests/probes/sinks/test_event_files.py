@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import subprocess
@@ -29,6 +30,7 @@ def write(files: EventFiles, steps: range) -> None:
     for step in steps:
         if step % files.stride == 0:
             files.append(event.serialised(0.0, step, np.full(len(TAGS), step)))
+            files.thin_if_full()
 
 
 def steps_of(directory: Path) -> list[int]:
@@ -81,13 +83,13 @@ def test_a_later_process_keeps_the_budget(tmp_path: Path) -> None:
 def test_what_others_wrote_is_left_alone(tmp_path: Path) -> None:
     other = tmp_path / "events.out.tfevents.1.host.1.0"
     other.write_bytes(b"x" * 2 * BUDGET)
-    (tmp_path / ".thinned-1").write_bytes(b"left by a killed process")
+    (tmp_path / ".thinned-1.host.1.0.probes").write_bytes(b"left by a killed process")
     files = EventFiles(tmp_path, BUDGET)
     write(files, range(30))
     files.close()
     assert files.stride == 1
     assert other.read_bytes() == b"x" * 2 * BUDGET
-    assert not (tmp_path / ".thinned-1").exists()
+    assert not (tmp_path / ".thinned-1.host.1.0.probes").exists()
 
 
 def test_a_file_another_probe_is_writing_is_not_replaced(tmp_path: Path) -> None:
@@ -100,6 +102,57 @@ def test_a_file_another_probe_is_writing_is_not_replaced(tmp_path: Path) -> None
     other.close()
     steps = steps_of(tmp_path)
     assert [step for step in steps if step < 100 or step >= 2000] == [*range(100), *range(2000, 2010)]
+    # The other's 200 KB are the other's: ours are as many as they would be alone.
+    assert files.stride == 64
+    assert {step for step in steps if 100 <= step < 2000} == set(range(128, 2000, 64))
+
+
+def test_a_leftover_of_a_thinning_that_is_under_way_stays(tmp_path: Path) -> None:
+    other = EventFiles(tmp_path, BUDGET)  # has its file locked, as one that thins it has
+    (path,) = tmp_path.iterdir()
+    unfinished = tmp_path / f".thinned-{path.name.removeprefix('events.out.tfevents.')}"
+    unfinished.write_bytes(b"")
+    EventFiles(tmp_path, BUDGET).close()
+    assert unfinished.exists()
+    other.close()
+    EventFiles(tmp_path, BUDGET).close()
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize("num_texts", [0, 30, 100])
+def test_what_cannot_be_thinned_does_not_run_away_with_the_stride(tmp_path: Path, num_texts: int) -> None:
+    files = EventFiles(tmp_path, BUDGET)
+    for _ in range(num_texts):
+        files.append(b"\x1a\xe8\x07" + b"x" * 1000)  # a text of that length
+    write(files, range(3000))
+    files.close()
+    assert 64 <= files.stride <= 256
+    assert steps_of(tmp_path) == list(range(0, 3000, files.stride))
+
+
+def test_where_two_steps_are_more_than_the_budget_the_first_stays(tmp_path: Path) -> None:
+    files = EventFiles(tmp_path, 2000)
+    write(files, range(3000))
+    files.close()
+    assert files.stride == 4096
+    assert steps_of(tmp_path) == [0]
+
+
+def test_without_locks_only_its_own_files_are_thinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    earlier = EventFiles(tmp_path, BUDGET)
+    write(earlier, range(30))
+    earlier.close()
+    files = EventFiles(tmp_path, BUDGET)
+    write(files, range(30, 3000))
+    files.close()
+    assert files.stride == 64
+    assert [step for step in steps_of(tmp_path) if step < 64] == list(range(30))
 
 
 def test_a_file_that_data_loaders_have_inherited_is_thinned(tmp_path: Path) -> None:

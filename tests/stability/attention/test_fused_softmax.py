@@ -81,6 +81,13 @@ def test_what_is_asked_for_by_name_is_computed_so_or_refused() -> None:
         softmax_attention(x, x, x, implementation="flash")
 
 
+def test_head_dimensions_over_lengths() -> None:
+    for head_dim, reason in ((64, None), (20, "head dimensions that 8 divides, not 20")):
+        query = torch.zeros(2, 1, 3, head_dim)
+        found = fused_softmax._why_not_varlen(query, query, terms_of(query, query, key_lengths=[3, 1]), 0.0)
+        assert found is None if reason is None else reason in found
+
+
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"is_causal": True},
@@ -120,11 +127,12 @@ def test_on_a_gpu_equals_the_reference_whatever_the_padding_holds(call: str, dty
         ({"key_lengths": [3], "is_causal": True}, "aligns causal order"),
         ({"key_lengths": [3], "dropout_p": 0.1}, "no dropout"),
         ({"key_lengths": [3], "scale": 0.1}, "no `scale`"),
+        ({"key_lengths": [3], "head_dim": 20}, "that 8 divides"),
     ],
 )
 def test_on_a_gpu_other_calls_go_to_the_reference(arguments: dict[str, Any], reason: str) -> None:
-    x = torch.randn(1, 2, 4, 8, device="cuda", dtype=torch.bfloat16)
     arguments = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    x = torch.randn(1, 2, 4, arguments.pop("head_dim", 8), device="cuda", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=reason):
         softmax_attention(x, x, x, implementation="fused", **arguments)
     assert softmax_attention(x, x, x, **arguments).shape == x.shape

@@ -1,0 +1,184 @@
+"""One run of the representation experiment, or a piece of it: training, then embeddings of held-out cells.
+
+    python -m experiments.representation_run --dataset pbmc3k_human_blood --mechanism sigmoid --seed 0 \
+        --rate 1e-3 --device cuda
+
+`experiments.representations` works through all of them. A run that its time is too short for leaves a
+checkpoint, and the same command continues it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.cell_pool import CellPool
+from experiments.cell_transformer import MECHANISMS
+from experiments.command_line import check_device, experiment_parser, positive_float, positive_int
+from experiments.length_batches import LengthAwareRankTask
+from experiments.long_run import RunPaths
+from experiments.prepare_representations import DEFAULT_OUT
+from experiments.provenance import provenance
+from experiments.representation_data import read_prepared
+from experiments.representation_plan import SCALES, SELECTION_SEED, RepresentationConfig, run_config
+from experiments.representation_training import PatientTraining, training_of
+from experiments.run_records import Arrays, write_run
+from probes.record import ALL_LAYERS, Series
+
+DEFAULT_WORK = Path("runs/representations")
+
+
+def train_piece(
+    config: RepresentationConfig, *, prepared: Path, work: Path, device: str, minutes: float
+) -> bool:
+    """A piece of a run, from its checkpoint if there is one; the last piece writes the run's file.
+
+    Args:
+        config: The run.
+        prepared: Of `python -m experiments.prepare_representations`.
+        work: Folder of checkpoints and results.
+        device: "cpu" or "cuda".
+        minutes: Time for training in this piece.
+
+    Returns:
+        Whether the run is finished.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    work.mkdir(parents=True, exist_ok=True)
+    paths = RunPaths.of(config.name, work)
+    best = work / f"{config.name}.best.pt"
+    data = read_prepared(prepared, config.dataset)
+    pool = CellPool(data.side(data.split.is_train), data.side(data.split.is_validation))
+    # Cells to judge stand where validation cells do in training: ranked by its medians, masked alike for all.
+    judged = LengthAwareRankTask(
+        CellPool(pool.train, data.side(data.split.is_test)),
+        batch_size=config.batch_size,
+        tokens=config.tokens,
+        seed=0,
+    )
+    with training_of(config, pool, device, best) as training:
+        untrained = training.embed(judged.validation) if config.purpose == "final" else None
+        if paths.checkpoint.exists():
+            training.load(paths.checkpoint)
+        if not training.run(deadline):
+            training.save(paths.checkpoint)
+            return False
+    training.load_best()
+    facts = {**_facts(training), **provenance(device)}
+    arrays = _kept_records(training.table.arrays())
+    if untrained is not None:
+        facts["held_out_loss"] = training.loss_over(judged.validation_batches(config.batch_size))
+        facts |= {"split": data.split.rule, "source": data.cells.source, "is_control": data.is_control}
+        # Half precision: eleven bits are more than what bfloat16 computed them with.
+        arrays["embeddings"] = training.embed(judged.validation).astype(np.float16)
+        arrays["untrained"] = untrained.astype(np.float16)
+        arrays["labels"] = np.asarray(data.side(data.split.is_test).labels)
+    write_run(paths.records, facts, arrays)
+    for file in (paths.checkpoint, best):
+        file.unlink(missing_ok=True)
+    return True
+
+
+def _facts(training: PatientTraining) -> dict[str, Any]:
+    tokens, padded = training.task.tokens_trained(training.step)
+    return {
+        **training.facts(is_finished=True),
+        "best_step": training.best_step,
+        "validation_loss": training.best_loss,
+        "tokens": tokens,
+        "tokens_per_second": tokens / training.seconds,
+        "padding": 1 - tokens / padded if padded else 0.0,
+        "is_stopped_by_patience": training.step < training.config.steps,
+    }
+
+
+def _kept_records(arrays: Arrays) -> Arrays:
+    """Loss, gradient norm and attention of whole layers: a tenth of what the probes record."""
+    names = [Series(*fields) for fields in json.loads(str(arrays["names"]))]
+    kept = [
+        i
+        for i, series in enumerate(names)
+        if series.head is None
+        and (
+            series.quantity.startswith("attention/")
+            or (series.layer == ALL_LAYERS and series.quantity in ("loss", "grad_norm"))
+        )
+    ]
+    is_kept = np.isin(arrays["series"], kept)
+    return {
+        **arrays,
+        "step": arrays["step"][is_kept],
+        "series": np.searchsorted(kept, arrays["series"][is_kept]).astype(np.uint16),
+        "value": arrays["value"][is_kept],
+        "names": np.array(json.dumps([list(names[i]) for i in kept])),
+    }
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that a single run and all of them have in common."""
+    add = parser.add_argument
+    add("--preset", choices=SCALES, default="full", help="laptop ends in minutes (default full, the plan)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    add("--minutes", type=positive_float, default=9.0, help="time for training of this call (default 9)")
+    add(
+        "--work",
+        type=Path,
+        default=DEFAULT_WORK,
+        help=f"checkpoints and the runs' files (default {DEFAULT_WORK}); what is there is continued",
+    )
+    add("--threads", type=positive_int, default=1, help="CPU threads of a run (default 1)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train one run, or a piece of it.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        Exit status: 0, 2 for input that cannot be used.
+    """
+    parser = experiment_parser("representation_run", __doc__)
+    add_training_flags(parser)
+    add = parser.add_argument
+    add("--prepared", type=Path, default=DEFAULT_OUT, help=f"cells (default {DEFAULT_OUT})")
+    add("--dataset", required=True, help="of the prepared file")
+    add("--mechanism", choices=MECHANISMS, required=True, help="of attention")
+    add("--rate", type=positive_float, required=True, help="learning rate")
+    add("--seed", type=int, help="of a final run; without, the run tries the learning rate")
+    options = parser.parse_args(arguments)
+    check_device(parser, options.device)
+    torch.set_num_threads(options.threads)
+    config = run_config(
+        options.preset,
+        options.dataset,
+        options.mechanism,
+        "selection" if options.seed is None else "final",
+        seed=SELECTION_SEED if options.seed is None else options.seed,
+        learning_rate=options.rate,
+    )
+    try:
+        is_finished = train_piece(
+            config,
+            prepared=options.prepared,
+            work=options.work,
+            device=options.device,
+            minutes=options.minutes,
+        )
+    except (OSError, ValueError) as error:
+        print(f"representation_run: {error}", file=sys.stderr)
+        return 2
+    print(f"{config.name}: {'finished' if is_finished else 'to be continued by the same command'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

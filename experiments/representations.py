@@ -1,0 +1,299 @@
+"""Does sigmoid attention learn better representations of cells? All runs of the experiment, in pieces.
+
+On two CPU cores, one data set, one seed and both mechanisms, a few minutes:
+
+    python -m experiments.representations --datasets cortexculture_human_fetal_brain --preset laptop --seeds 1
+    python -m experiments.representations_report runs/representations/results --out runs/report
+
+A file of your own: --data FILE --label COLUMN, and --group COLUMN with its donors or batches. The whole plan,
+on a GPU machine that has neither the data nor anndata (docs/representations.md), until nothing is left:
+
+    python -m experiments.prepare_representations --out cells.npz            # before, where the data are
+    python -m experiments.representations --prepared cells.npz --device cuda --minutes 8.8 --out results
+
+First each learning rate of the grid is tried, then final runs follow with the rate of the lowest validation
+loss, seed by seed. The models are small and wait for the host, so several share a device. Each call continues
+what the one before left in --work, and writes the runs that it finished into --out, archives, as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.command_line import check_device, experiment_parser, positive_int
+from experiments.long_run import RunPaths
+from experiments.prepare_representations import add_data_flags, chosen_datasets, prepare
+from experiments.representation_data import (
+    check_files,
+    prepared_names,
+    read_prepared,
+    write_prepared,
+)
+from experiments.representation_plan import (
+    NUM_SEEDS,
+    SCALES,
+    RepresentationConfig,
+    best_rate,
+    pairs,
+    run_config,
+    selection_runs,
+)
+from experiments.representation_run import add_training_flags
+from experiments.run_records import RecordTable, read_run, write_run
+from experiments.stress_queue import Running, pack
+
+# Python, torch and CUDA start before a run's first step: no run is begun that would see little more.
+START_SECONDS = 20
+PACK_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which runs there are.
+
+    Attributes:
+        scale: A key of `SCALES`.
+        datasets: Names, of the prepared file.
+        num_seeds: Final runs of each data set and mechanism.
+    """
+
+    scale: str
+    datasets: Sequence[str]
+    num_seeds: int
+
+    @property
+    def size(self) -> int:
+        """Number of runs."""
+        rates = len(SCALES[self.scale].learning_rates)
+        return len(list(pairs(self.datasets))) * (rates + self.num_seeds)
+
+    def known(self, work: Path) -> Iterator[RepresentationConfig]:
+        """The runs that can be named by now: of final ones, those whose learning rate has been chosen.
+
+        Args:
+            work: Folder of the finished runs.
+
+        Yields:
+            Runs in order: grids first, then seed by seed, so that what is cut is the last seeds of all.
+        """
+        rates: dict[tuple[str, str], float] = {}
+        for dataset, mechanism in pairs(self.datasets):
+            losses = {}
+            grid = selection_runs(self.scale, dataset, mechanism)
+            for config in grid:
+                yield config
+                if (records := RunPaths.of(config.name, work).records).exists():
+                    losses[config.learning_rate] = float(read_run(records).facts["validation_loss"])
+            if len(losses) == len(grid):
+                rates[dataset, mechanism] = best_rate(losses)
+        for seed in range(self.num_seeds):
+            for dataset, mechanism in pairs(self.datasets):
+                if (rate := rates.get((dataset, mechanism))) is not None:
+                    yield run_config(self.scale, dataset, mechanism, "final", seed=seed, learning_rate=rate)
+
+
+class Queue:
+    """The runs of one call.
+
+    Args:
+        plan: Which runs there are.
+        options: The command line's.
+        began: When the call began, in seconds since the epoch.
+        num_slots: How many runs are trained side by side.
+        num_gpus: Over how many devices they are spread; 0 without.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        options: argparse.Namespace,
+        *,
+        began: float,
+        num_slots: int,
+        num_gpus: int,
+    ) -> None:
+        self.plan, self.options = plan, options
+        self.num_slots, self.num_gpus = num_slots, num_gpus
+        self.began = began
+        self.ends = self.began + 60 * options.minutes
+        self.running: list[Running] = []
+        self.failed: list[str] = []
+        self._waiting = self._unfinished()
+        self._packed = self.began
+
+    def work(self) -> None:
+        """Keep every slot busy until time is up or nothing is left."""
+        try:
+            while True:
+                self._collect()
+                for slot in sorted(set(range(self.num_slots)) - {run.slot for run in self.running}):
+                    if self._waiting and self.ends - time.time() > START_SECONDS:
+                        self._start(self._waiting.pop(0), slot)
+                if not self.running:
+                    return
+                if time.time() - self._packed > PACK_SECONDS:
+                    self.pack()
+                time.sleep(0.2)
+        finally:
+            for run in self.running:
+                run.process.terminate()
+            self.pack()
+
+    def pack(self) -> None:
+        """Write what was finished in this call, in place of what was written before."""
+        self._packed = time.time()
+        files = sorted(self.options.work.glob("*.npz"), key=lambda file: file.stat().st_mtime)
+        stamp = time.strftime("%H%M%S", time.gmtime(self.began))
+        pack([file for file in files if file.stat().st_mtime >= self.began], self.options.out, stamp)
+
+    def _unfinished(self) -> list[RepresentationConfig]:
+        busy = {run.name for run in self.running} | set(self.failed)
+        return [
+            config
+            for config in self.plan.known(self.options.work)
+            if config.name not in busy and not RunPaths.of(config.name, self.options.work).records.exists()
+        ]
+
+    def _start(self, config: RepresentationConfig, slot: int) -> None:
+        options = self.options
+        command: list[Any] = [sys.executable, "-m", "experiments.representation_run"]
+        command += ["--dataset", config.dataset, "--mechanism", config.mechanism]
+        command += ["--rate", config.learning_rate, "--preset", options.preset, "--device", options.device]
+        command += ["--prepared", options.prepared[config.dataset], "--work", options.work]
+        command += ["--threads", options.threads]
+        command += ["--minutes", f"{(self.ends - time.time()) / 60:.3f}"]
+        if config.purpose == "final":
+            command += ["--seed", config.seed]
+        environment = dict(os.environ)
+        if self.num_gpus > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.num_gpus)
+        with (options.work / f"{config.name}.log").open("ab") as log:
+            process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
+        self.running.append(Running(config.name, slot, process))
+
+    def _collect(self) -> None:
+        ended = [run for run in self.running if run.process.poll() is not None]
+        for run in ended:
+            self.running.remove(run)
+            clock = time.strftime("%H:%M:%S")
+            print(f"{clock} {run.name}: ended with status {run.process.returncode}", flush=True)
+            if run.process.returncode:
+                self.failed.append(run.name)
+                log = self.options.work / f"{run.name}.log"
+                print(log.read_text(errors="replace")[-2000:], flush=True)
+        if ended:  # the end of a grid makes final runs known
+            self._waiting = self._unfinished()
+
+
+def write_baseline(prepared: Path, dataset: str, work: Path) -> None:
+    """The baseline's embeddings as the file of a run, so that a report needs nothing but runs.
+
+    Args:
+        prepared: Of `python -m experiments.prepare_representations`.
+        dataset: Of that file.
+        work: Folder of the finished runs.
+    """
+    path = RunPaths.of(f"{dataset}-pca", work).records
+    if path.exists():
+        return
+    data = read_prepared(prepared, dataset)
+    facts = {
+        "config": {"name": path.stem, "dataset": dataset, "mechanism": "pca", "purpose": "baseline"},
+        "split": data.split.rule,
+        "source": data.cells.source,
+        "is_control": data.is_control,
+    }
+    labels = np.asarray(data.side(data.split.is_test).labels)
+    write_run(path, facts, {**RecordTable().arrays(), "embeddings": data.pca, "labels": labels})
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with the data sets as `chosen`.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        The settings; argparse exits with status 2 on a bad one.
+    """
+    parser = experiment_parser("representations", __doc__)
+    add_training_flags(parser)
+    add_data_flags(parser)
+    add = parser.add_argument
+    add("--prepared", type=Path, help="read the cells from this file of `prepare_representations`")
+    add("--seeds", type=positive_int, default=NUM_SEEDS, help=f"final runs of each (default {NUM_SEEDS})")
+    add("--out", type=Path, help="archives of finished runs (default: results below --work)")
+    add("--side-by-side", type=positive_int, default=1, help="runs that share a device (default 1)")
+    options = parser.parse_args(arguments)
+    check_device(parser, options.device)
+    options.out = options.out or options.work / "results"
+    options.chosen = chosen_datasets(parser, options)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train for one call and write its results.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        Exit status: 0, 1 if a run failed, 2 for input that cannot be used.
+    """
+    options = parse_arguments(arguments)
+    began = time.time()
+    try:
+        options.work.mkdir(parents=True, exist_ok=True)
+        options.out.mkdir(parents=True, exist_ok=True)
+        options.prepared = _prepared(options)
+        for dataset, prepared in options.prepared.items():
+            write_baseline(prepared, dataset, options.work)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"representations: {error}", file=sys.stderr)
+        return 2
+    num_gpus = torch.cuda.device_count() if options.device == "cuda" else 0
+    plan = Plan(options.preset, list(options.prepared), options.seeds)
+    num_slots = options.side_by_side * max(1, num_gpus)
+    queue = Queue(plan, options, began=began, num_slots=num_slots, num_gpus=num_gpus)
+    queue.work()
+    finished = [config for config in plan.known(options.work) if _is_finished(config, options.work)]
+    print(f"{len(finished)} of {plan.size} runs are finished; archives in {options.out}.")
+    return 1 if queue.failed else 0
+
+
+def _prepared(options: argparse.Namespace) -> dict[str, Path]:
+    """The prepared file of each data set; without --prepared, one is written for each."""
+    chosen = {dataset.name: dataset for dataset in options.chosen}
+    if options.prepared is not None:
+        there = prepared_names(options.prepared)
+        if missing := [name for name in chosen if name not in there]:
+            raise ValueError(
+                f"Expected {', '.join(missing)} in {options.prepared}; it holds {', '.join(there)}. Prepare "
+                "it anew, or leave them out with --datasets."
+            )
+        return dict.fromkeys(chosen, options.prepared)
+    check_files(options.chosen)
+    files = {}
+    for name, dataset in chosen.items():
+        files[name] = options.work / f"{name}.prepared"
+        write_prepared(files[name], {name: prepare(dataset)})
+    return files
+
+
+def _is_finished(config: RepresentationConfig, work: Path) -> bool:
+    return RunPaths.of(config.name, work).records.exists()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

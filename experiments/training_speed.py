@@ -1,0 +1,369 @@
+"""How fast training is: sigmoid attention against softmax through each backend of SDPA, at 160M parameters.
+
+In each round every contender trains for a turn, in an order drawn anew: half a turn that is not counted, then
+the turn. All share weights and optimizer, in one process. Told are median times, the ratio to each softmax
+contender round by round with a 95 % bootstrap interval, and what Amdahl's law predicts from the times of
+attention alone.
+
+    PYTHONPATH=. python -m experiments.training_speed --device cuda --out results     # one H100, six minutes
+    PYTHONPATH=. python -m experiments.training_speed --device cuda --cases "eager*8192*" --rounds 15
+    python -m experiments.training_speed --preset tiny --out runs/speed               # that it runs
+
+Writes `training_speed.json` after each case and `training_speed.md` below --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.attention_benchmark import measure, time_turn
+from experiments.attention_contenders import Case, Contender, Inputs, passes
+from experiments.command_line import (
+    check_device,
+    experiment_parser,
+    positive_int,
+    run_facts,
+    write_json,
+)
+from experiments.overhead_report import paired_ratio
+from experiments.provenance import provenance
+from experiments.training_speed_contenders import Mode, SharedTraining, speed_contenders
+
+DEFAULT_OUT = Path("runs/training-speed")
+BACKEND = "inductor"
+# Beyond this, measured and predicted ratio want an explanation.
+EXPLAINED = 0.03
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and its cases.
+
+    Attributes:
+        num_layers: Blocks of the model.
+        cases: Modes and shapes, what matters most first: a cut costs the last.
+    """
+
+    num_layers: int
+    cases: tuple[tuple[Mode, Case], ...]
+
+
+_LONG, _SHORT = Case(2, 16, 8192, 64), Case(8, 16, 2048, 64)
+_LONG_PADDED, _SHORT_PADDED = Case(2, 16, 8192, 64, padding=0.5), Case(8, 16, 2048, 64, padding=0.5)
+PRESETS = {
+    "160m": Preset(
+        12,
+        tuple(
+            (mode, case)
+            for mode in ("eager", "compiled")
+            for case in (_LONG, _LONG_PADDED, _SHORT, _SHORT_PADDED)
+        ),
+    ),
+    "tiny": Preset(2, (("eager", Case(2, 2, 32, 8)), ("eager", Case(2, 2, 32, 8, padding=0.5)))),
+}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One contender in one case.
+
+    Attributes:
+        name: The contender.
+        kind: "ours" or "softmax".
+        milliseconds: Median of a step.
+        tokens_per_second: Valid tokens, padding not counted.
+        attention_milliseconds: Attention of all layers, forward and backward, by itself.
+        attention_share: Of the step's time.
+        turns: Milliseconds a step, round by round.
+    """
+
+    name: str
+    kind: str
+    milliseconds: float
+    tokens_per_second: float
+    attention_milliseconds: float
+    attention_share: float
+    turns: list[float]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast sigmoid trains.
+
+    Attributes:
+        ours: Sigmoid's contender.
+        softmax: Softmax's.
+        is_best: Whether that is the fastest softmax of the case.
+        ratio: Softmax's time over ours, median over rounds; above 1 sigmoid is faster.
+        low: Lower end of its 95 % bootstrap interval.
+        high: Upper end.
+        predicted: By Amdahl's law from softmax's step and the attention times of both.
+        gap: Measured over predicted, less 1.
+        needs_explanation: Whether the gap exceeds 3 %.
+    """
+
+    ours: str
+    softmax: str
+    is_best: bool
+    ratio: float
+    low: float
+    high: float
+    predicted: float
+    gap: float
+    needs_explanation: bool
+
+
+def case_name(mode: Mode, case: Case) -> str:
+    """What `--cases` matches, and tables say.
+
+    Example:
+        >>> case_name("eager", Case(2, 16, 8192, 64, padding=0.5))
+        'eager, n 8192, 50% padding'
+    """
+    return f"{mode}, n {case.tokens}" + (f", {case.padding:.0%} padding" if case.padding else "")
+
+
+def amdahl(step: float, attention: float, other_attention: float) -> float:
+    """Speed-up when a part of a step takes another time: 1 / (1 − share · (1 − other / part)).
+
+    Args:
+        step: Time of the step.
+        attention: Time of the part in it.
+        other_attention: What the part would take.
+
+    Returns:
+        The step's time over that with the other part.
+
+    Source:
+        Amdahl, AFIPS 30:483 (1967).
+
+    Example:
+        >>> amdahl(step=100.0, attention=40.0, other_attention=20.0)
+        1.25
+    """
+    return step / (step - attention + other_attention)
+
+
+def measure_case(
+    mode: Mode, case: Case, num_layers: int, device: str, *, rounds: int, steps: int
+) -> tuple[list[Speed], dict[str, str]]:
+    """All contenders of a case.
+
+    Args:
+        mode: "eager" or "compiled".
+        case: Shapes.
+        num_layers: Blocks of the model.
+        device: "cpu" or "cuda".
+        rounds: How often each has its turn.
+        steps: Of a turn.
+
+    Returns:
+        Speeds; contender → why it could not train this case.
+    """
+    training = SharedTraining(case, num_layers, device)
+    inputs = Inputs.random(case, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    found: list[Contender] = []
+    failed: dict[str, str] = {}
+    functions: dict[str, Callable[[], None]] = {}
+    attention: dict[str, Callable[[], object]] = {}
+    for contender in speed_contenders(case, device):
+        try:
+            step = training.step_of(contender, mode, BACKEND)
+            step()  # compiles, tunes, allocates
+            own = passes(contender, inputs)["forward+backward"]
+            own()
+        except Exception as error:  # a backend that cannot compute this case; of ours, see the exit status
+            failed[contender.name] = repr(error)[:500]
+            training.optimizer.zero_grad()
+            continue
+        found.append(contender)
+        functions[contender.name], attention[contender.name] = step, own
+    turns = _turns(functions, rounds=rounds, steps=steps, device=device)
+    alone = measure(attention, rounds=max(3, rounds // 2), turn_ms=20.0, device=device)
+    tokens = sum(case.lengths or [case.tokens] * case.batch)
+    speeds = []
+    for contender in found:
+        median = float(np.median(turns[contender.name]))
+        of_layers = num_layers * alone[contender.name]
+        speeds.append(
+            Speed(
+                contender.name, contender.kind, median, 1e3 * tokens / median,
+                of_layers, of_layers / median, turns[contender.name],
+            )
+        )  # fmt: skip
+    return speeds, failed
+
+
+def ratios(speeds: Sequence[Speed]) -> list[Ratio]:
+    """Each sigmoid against each softmax of a case.
+
+    Args:
+        speeds: Of `measure_case`.
+
+    Returns:
+        One entry a pair.
+    """
+    softmax = [speed for speed in speeds if speed.kind == "softmax"]
+    best = min(softmax, key=lambda speed: speed.milliseconds, default=None)
+    found = []
+    for ours in (speed for speed in speeds if speed.kind == "ours"):
+        for theirs in softmax:
+            ratio, low, high = paired_ratio(np.array(theirs.turns), np.array(ours.turns))
+            predicted = amdahl(
+                theirs.milliseconds, theirs.attention_milliseconds, ours.attention_milliseconds
+            )
+            gap = ratio / predicted - 1
+            found.append(
+                Ratio(
+                    ours.name, theirs.name, theirs is best, ratio, low, high,
+                    predicted, gap, abs(gap) > EXPLAINED,
+                )
+            )  # fmt: skip
+    return found
+
+
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """Tables of what was measured.
+
+    Args:
+        results: As in the JSON.
+
+    Returns:
+        Markdown.
+    """
+    lines = ["| case | contender | ms a step | valid tokens a second | attention |", "|---|---|---|---|---|"]
+    for result in results:
+        lines += [
+            f"| {result['case']} | {speed['name']} | {speed['milliseconds']:.2f} | "
+            f"{speed['tokens_per_second']:,.0f} | {speed['attention_share']:.0%} |"
+            for speed in result["speeds"]
+        ]
+    lines += [
+        "",
+        "| case | sigmoid | against | ratio | 95 % interval | Amdahl | gap |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        for each in result["ratios"]:
+            against = each["softmax"] + " (best)" * each["is_best"]
+            lines.append(
+                f"| {result['case']} | {each['ours']} | {against} | {each['ratio']:.3f} | "
+                f"{each['low']:.3f} – {each['high']:.3f} | {each['predicted']:.3f} | "
+                f"{each['gap']:+.1%}{', to be explained' * each['needs_explanation']} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags, with the chosen cases as `chosen`.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        The settings; argparse exits with status 2 on a bad one.
+    """
+    parser = experiment_parser("training_speed", __doc__)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="160m", help="tiny is for tests (default 160m)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    add("--cases", nargs="+", metavar="PATTERN", default=["*"], help='such as "eager*" (default all)')
+    add("--rounds", type=positive_int, default=7, help="turns of each contender (default 7)")
+    add("--steps", type=positive_int, default=2, help="training steps of a turn (default 2)")
+    add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
+    options = parser.parse_args(arguments)
+    check_device(parser, options.device)
+    cases = PRESETS[options.preset].cases
+    options.chosen = [
+        (mode, case)
+        for mode, case in cases
+        if any(fnmatch(case_name(mode, case), pattern) for pattern in options.cases)
+    ]
+    if not options.chosen:
+        names = "; ".join(case_name(mode, case) for mode, case in cases)
+        parser.error(f"no case matches {' '.join(options.cases)}; there are: {names}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and report.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        Exit status: 0, 1 if sigmoid failed in a case, 2 if nothing can be written to --out.
+    """
+    options = parse_arguments(arguments)
+    started = time.time()
+    results: list[dict[str, Any]] = []
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        for mode, case in options.chosen:
+            # Six contenders compile the same code; past its limit dynamo would run them eagerly.
+            torch._dynamo.reset()
+            with torch._dynamo.config.patch(recompile_limit=64):
+                speeds, failed = measure_case(
+                    mode, case, PRESETS[options.preset].num_layers, options.device,
+                    rounds=options.rounds, steps=options.steps,
+                )  # fmt: skip
+            results.append(
+                {
+                    "case": case_name(mode, case),
+                    "lengths": case.lengths or [case.tokens] * case.batch,
+                    "speeds": [asdict(speed) for speed in speeds],
+                    "ratios": [asdict(ratio) for ratio in ratios(speeds)],
+                    "failed": failed,
+                }
+            )
+            print(f"{time.time() - started:.0f} s: {case_name(mode, case)}", flush=True)
+            # After each case: a machine that is taken away leaves what was measured.
+            write_json(
+                options.out / "training_speed.json",
+                {
+                    "schema_version": 1,
+                    **run_facts("training_speed", arguments, started),
+                    "rounds": options.rounds,
+                    "steps": options.steps,
+                    "results": results,
+                    **provenance(options.device),
+                },
+            )
+            (options.out / "training_speed.md").write_text(markdown(results), encoding="utf-8")
+    except OSError as error:
+        print(f"training_speed: {error}", file=sys.stderr)
+        return 2
+    print(markdown(results))
+    for result in results:
+        for name, reason in result["failed"].items():
+            print(f"Failed: {result['case']}, {name}: {reason}")
+    return int(any(name.startswith("sigmoid") for result in results for name in result["failed"]))
+
+
+def _turns(
+    functions: dict[str, Callable[[], None]], *, rounds: int, steps: int, device: str
+) -> dict[str, list[float]]:
+    """Milliseconds a step of each, round by round."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    shuffle = random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(names)  # a fixed order would give each the clock that the one before it left behind
+        for name in names:
+            times[name].append(time_turn(functions[name], steps, device))
+    return times
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Attention in a whole training: the contenders, the model they share, and a step of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import stability
+from experiments.attention_contenders import Case, Contender
+from experiments.cell_batches import MaskedBatch
+from experiments.cell_transformer import (
+    Attention,
+    CellTransformer,
+    CellTransformerConfig,
+    masked_value_loss,
+)
+from experiments.overhead_training import LEARNING_RATE, Training
+
+Mode = Literal["eager", "compiled"]
+NUM_GENES = 10_000
+_MASK_SHARE = 0.25
+
+
+def speed_contenders(case: Case, device: str) -> list[Contender]:
+    """Who can train a case on this device, and gets the padding right.
+
+    SDPA takes no lengths. Padded keys are hidden from it by a mask, which its flash backend does not take;
+    FlashAttention-2 over lengths is `stability.softmax_attention`.
+
+    Args:
+        case: What is computed.
+        device: "cpu" or "cuda".
+
+    Returns:
+        Ours first.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    lengths, mask = None, None
+    if case.lengths is not None:
+        lengths = torch.tensor(case.lengths, device=device)
+        mask = (torch.arange(case.tokens, device=device) < lengths[:, None])[:, None, None]
+    sigmoid, softmax = (
+        partial(function, key_lengths=lengths, query_lengths=lengths)
+        for function in (stability.sigmoid_attention, stability.softmax_attention)
+    )
+    sdpa = partial(scaled_dot_product_attention, attn_mask=mask)
+
+    def backend(choice: SDPBackend) -> Callable[[], AbstractContextManager[Any]]:
+        return partial(sdpa_kernel, choice)
+
+    found = [
+        Contender("sigmoid, accurate", "ours", sigmoid),
+        Contender("softmax, torch's choice", "softmax", sdpa),
+    ]
+    if device == "cpu":
+        return found
+    found.insert(1, Contender("sigmoid, fast", "ours", partial(sigmoid, precision="fast")))
+    flash = Contender("softmax, flash", "softmax", sdpa, backend(SDPBackend.FLASH_ATTENTION))
+    if lengths is not None:
+        flash = Contender("softmax, flash over lengths", "softmax", softmax)
+    return [
+        *found,
+        flash,
+        Contender("softmax, cuDNN", "softmax", sdpa, backend(SDPBackend.CUDNN_ATTENTION)),
+        Contender("softmax, memory-efficient", "softmax", sdpa, backend(SDPBackend.EFFICIENT_ATTENTION)),
+    ]
+
+
+class SharedTraining:
+    """One model and optimizer that every contender trains with its own attention.
+
+    Args:
+        case: Batch, tokens, heads and padding; heads × head_dim is the width.
+        num_layers: Blocks.
+        device: "cpu" or "cuda"; on "cuda" the forward pass runs under bfloat16 autocast.
+    """
+
+    def __init__(self, case: Case, num_layers: int, device: str) -> None:
+        config = CellTransformerConfig(
+            num_genes=NUM_GENES,
+            embed_dim=case.heads * case.head_dim,
+            num_layers=num_layers,
+            num_heads=case.heads,
+        )
+        self.device = device
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.model = CellTransformer(config)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=device == "cuda")
+        self.batch = _random_batch(case, device)
+
+    def step_of(self, contender: Contender, mode: Mode, backend: str) -> Callable[[], None]:
+        """A training step with a contender's attention.
+
+        Args:
+            contender: Who.
+            mode: "compiled" compiles the block, once for all layers.
+            backend: Of torch.compile.
+
+        Returns:
+            Forward, backward and optimizer step, to be called any number of times.
+        """
+        # The copy has modules of its own, on the same parameters.
+        model = copy.deepcopy(self.model, {id(each): each for each in self.model.parameters()})
+
+        def attend(
+            query: Tensor, key: Tensor, value: Tensor, *, key_lengths: Any, query_lengths: Any
+        ) -> Tensor:
+            return contender.attend(query, key, value)  # it has the lengths of this case
+
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.function = attend
+        if mode == "compiled":
+            from torch._dynamo import lookup_backend
+
+            def compiler(*graph: Any) -> Any:
+                return lookup_backend(backend)(*graph)
+
+            # One for all blocks of a contender and of no other: dynamo shares code between callers with one
+            # compiler, and its guards do not see which backend of SDPA was asked for.
+            for block in model.blocks:
+                block.compile(dynamic=False, backend=compiler)
+        training = Training(model, self.optimizer, self._loss)
+
+        def step() -> None:
+            with contender.around():
+                training.step(lambda loss: None)
+
+        return step
+
+    def _loss(self, model: nn.Module, step: int) -> Tensor:
+        batch = self.batch
+        is_cuda = self.device == "cuda"
+        with torch.autocast("cuda", dtype=torch.bfloat16) if is_cuda else nullcontext():
+            predictions = model(batch.genes, batch.values, batch.mask, batch.lengths)
+        return masked_value_loss(predictions, batch.targets, batch.mask)
+
+
+def _random_batch(case: Case, device: str) -> MaskedBatch:
+    """Time does not depend on what is in the cells."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (case.batch, case.tokens)
+    genes = torch.randint(NUM_GENES, shape, generator=generator, device=device)
+    targets = torch.rand(shape, generator=generator, device=device)
+    mask = torch.rand(shape, generator=generator, device=device) < _MASK_SHARE
+    lengths = None
+    if case.lengths is not None:
+        lengths = torch.tensor(case.lengths, device=device)
+        mask &= torch.arange(case.tokens, device=device) < lengths[:, None]
+    return MaskedBatch(genes, targets.masked_fill(mask, 0.0), mask, lengths, targets)
