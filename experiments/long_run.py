@@ -80,9 +80,9 @@ class RunPaths(NamedTuple):
     log: Path
 
     @classmethod
-    def of(cls, config: RunConfig, work: Path) -> RunPaths:
-        """The paths of a run below a directory."""
-        return cls(*(work / f"{config.name}.{suffix}" for suffix in ("pt", "npz", "log")))
+    def of(cls, name: str, work: Path) -> RunPaths:
+        """The paths of a run, by its name, below a directory."""
+        return cls(*(work / f"{name}.{suffix}" for suffix in ("pt", "npz", "log")))
 
 
 def finished_facts(config: RunConfig, work: Path) -> dict[str, Any] | None:
@@ -98,7 +98,7 @@ def finished_facts(config: RunConfig, work: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: The records are of a run with another configuration.
     """
-    path = RunPaths.of(config, work).records
+    path = RunPaths.of(config.name, work).records
     if not path.exists():
         return None
     facts = read_facts(path)
@@ -137,7 +137,7 @@ def train_piece(
     """
     deadline = time.monotonic() + 60 * minutes
     work.mkdir(parents=True, exist_ok=True)
-    paths = RunPaths.of(config, work)
+    paths = RunPaths.of(config.name, work)
     training = ResumableTraining(config, task_of(config, pool_of(config, cells)), device)
     is_finished = False
     with _sigterm_stops(training):

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,35 +28,17 @@ from experiments.command_line import check_device, experiment_parser, positive_f
 from experiments.long_run import RunPaths, add_training_flags, finished_facts
 from experiments.run_config import RunConfig
 from experiments.run_records import read_facts
+from experiments.side_by_side import Running, SideBySide
 from experiments.stress_archives import Archives
 from experiments.stress_ledger import write_ledger
 from experiments.stress_plan import SIDE_BY_SIDE, START_SECONDS, Question, estimated_seconds, planned_runs
 
 # What a run may take beyond the call's end to write its checkpoint, and once more when it is told to stop.
 GRACE_SECONDS = 60.0
-# Every thread pool of a run's process; the runs fill the machine, not their threads.
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-@dataclass
-class Running:
-    """One run under way.
-
-    Attributes:
-        name: Of the run.
-        slots: Which of the places side by side it has.
-        process: Its process.
-    """
-
-    name: str
-    slots: list[int]
-    process: subprocess.Popen[bytes]
 
 
 class Queue:
     """The runs of one call, from the first start to the last end.
-
-    Slot i is a place on GPU i // side_by_side, so that a pair of runs begun together shares a GPU.
 
     Args:
         runs: What is to be done, in this order, but what was cut before goes first.
@@ -79,10 +58,9 @@ class Queue:
         lease_ends: float,
     ) -> None:
         self.runs, self.options, self.archives = runs, options, archives
-        self.num_gpus, self.lease_ends = num_gpus, lease_ends
-        self.num_slots = options.side_by_side * max(1, num_gpus)
+        self.lease_ends = lease_ends
+        self.places = SideBySide(options.side_by_side, num_gpus, options.threads)
         self.call_ends = min(time.time() + 60 * options.minutes, lease_ends)
-        self.running: list[Running] = []
         self.failed: list[str] = []
         self.finished = self._finished()
         waiting = [name for name in runs if name not in self.finished]
@@ -92,14 +70,15 @@ class Queue:
         """Keep every slot busy until the call's time is up or nothing is left that could be begun."""
         try:
             while time.time() < self.call_ends + GRACE_SECONDS:
-                self._collect()
+                self._collect(self.places.ended())
                 while (start := self._next()) is not None:
                     self._start(*start)
-                if not self.running:
+                if not self.places.running:
                     return
                 time.sleep(0.2)
         finally:
-            self._stop()
+            # They write a checkpoint first, if they can.
+            self._collect(self.places.stop(GRACE_SECONDS), is_told=True)
             for _, config in self.runs.values():  # what was cut, or had no room before; most important first
                 records = self._paths(config).records
                 if records.exists():
@@ -115,18 +94,10 @@ class Queue:
             question, _ = self.runs[name]
             seconds = START_SECONDS + self._estimated_seconds(name) * pace
             may_begin = self._is_cut(name) or question.may_be_cut or now + seconds <= self.lease_ends
-            if may_begin and (slots := self._free_slots(question)):
+            width = self.places.per_gpu if self._is_alone(question) else 1
+            if may_begin and (slots := self.places.free_slots(width)):
                 return name, slots
         return None
-
-    def _free_slots(self, question: Question) -> list[int]:
-        taken = {slot for run in self.running for slot in run.slots}
-        width = self.options.side_by_side if self._is_alone(question) else 1
-        for first in range(0, self.num_slots, width):
-            slots = list(range(first, first + width))
-            if not taken.intersection(slots):
-                return slots
-        return []
 
     def _start(self, name: str, slots: list[int]) -> None:
         options, paths = self.options, self._paths(self.runs[name][1])
@@ -135,44 +106,21 @@ class Queue:
         command: list[Any] = [sys.executable, "-m", "experiments.long_run", name]
         command += ["--preset", options.preset, "--device", options.device, "--minutes", f"{minutes:.3f}"]
         command += ["--cells", options.cells, "--work", options.work, "--threads", options.threads]
-        environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(options.threads))
-        if self.num_gpus > 0:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            gpus = visible.split(",") if visible else [str(gpu) for gpu in range(self.num_gpus)]
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[slots[0] // options.side_by_side]
-        with paths.log.open("ab") as log:
-            process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
-        self.running.append(Running(name, slots, process))
+        self.places.start(name, command, slots, paths.log)
         self._say(slots, name)
 
-    def _collect(self, *, is_told: bool = False) -> None:
+    def _collect(self, ended: Sequence[Running], *, is_told: bool = False) -> None:
         """Take up what the runs that ended leave; those that were told to end have not failed."""
-        for run in list(self.running):
-            if (status := run.process.poll()) is None:
-                continue
-            self.running.remove(run)
+        for run in ended:
+            status = run.process.returncode
             self._say(run.slots, f"{run.name} ended ({status})")
             _, config = self.runs[run.name]
-            paths = self._paths(config)
             if (facts := finished_facts(config, self.options.work)) is not None:
                 self.finished[run.name] = facts
-                self.archives.add(paths.records, facts["steps"])
+                self.archives.add(self._paths(config).records, facts["steps"])
             elif status and not is_told:
                 self.failed.append(run.name)
-                print(paths.log.read_text(errors="replace")[-3000:], flush=True)
-
-    def _stop(self) -> None:
-        """End what is still running, after its checkpoint if it can write one."""
-        for run in self.running:
-            run.process.terminate()
-        ends = time.monotonic() + GRACE_SECONDS
-        for run in self.running:
-            try:
-                run.process.wait(max(0.0, ends - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                run.process.kill()
-                run.process.wait()
-        self._collect(is_told=True)
+                print(run.last_words(), flush=True)
 
     def _finished(self) -> dict[str, dict[str, Any]]:
         facts = {name: finished_facts(config, self.options.work) for name, (_, config) in self.runs.items()}
@@ -191,17 +139,16 @@ class Queue:
         return estimated_seconds(config, 1 if self._is_alone(question) else self.options.side_by_side)
 
     def _is_alone(self, question: Question) -> bool:
-        return question.takes_whole_gpu and self.num_gpus > 1
+        return question.takes_whole_gpu and self.places.num_gpus > 1
 
     def _is_cut(self, name: str) -> bool:
         return self._paths(self.runs[name][1]).checkpoint.exists()
 
     def _paths(self, config: RunConfig) -> RunPaths:
-        return RunPaths.of(config, self.options.work)
+        return RunPaths.of(config.name, self.options.work)
 
     def _say(self, slots: list[int], text: str) -> None:
-        gpu = f"GPU {slots[0] // self.options.side_by_side}" if self.num_gpus else "CPU"
-        print(f"{time.strftime('%H:%M:%S')} {gpu}, slot {slots[0]}: {text}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {self.places.place(slots)}: {text}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -239,7 +186,7 @@ def _work(options: argparse.Namespace) -> int:
         with _sigterm_exits():
             queue.work()
     finally:
-        records = [RunPaths.of(config, options.work).records for _, config in options.planned.values()]
+        records = [RunPaths.of(config.name, options.work).records for _, config in options.planned.values()]
         if written := [file for file in records if file.exists()]:
             print(write_ledger(written, options.out))
         left = [name for name in options.planned if name not in queue.finished]

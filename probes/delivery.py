@@ -180,10 +180,13 @@ class Delivery:
 
     def abandon(self) -> None:
         """Writes the numbers in flight without judging them: the training goes back to before their step."""
-        arrived, self._in_flight = self._in_flight, None
+        arrived, alone = self._take_in_flight()
         records = self._arrive(arrived)
         if records is not None:
             self._write(records)
+        if alone is not None:
+            self._write(alone.wait())
+        self._put_off = []
         self._judged = None
         self._unjudged = {}
 

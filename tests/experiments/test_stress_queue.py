@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from experiments import long_run, stress_archives, stress_queue, stress_test
+from experiments import long_run, side_by_side, stress_archives, stress_queue, stress_test
 from experiments.run_records import RecordTable, read_facts, read_run, write_run
 from experiments.stress_archives import Archives
 from experiments.stress_plan import estimated_seconds, planned_runs
@@ -90,7 +90,8 @@ class FakeProcess:
         if self.polls > 0:
             return None
         write_records(self.work, self.name)
-        return 0
+        self.returncode = 0
+        return self.returncode
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_four_gpus_are_filled_in_the_order_of_the_plan(tmp_path, fake_processes)
         on_gpu = [other for other in run.beside if other.gpu == run.gpu]
         assert len(on_gpu) <= (0 if run.name.startswith("lead") else 1)
         assert not any(other.name.startswith("lead") for other in on_gpu)
-        assert all(run.environment[variable] == "1" for variable in stress_queue.THREAD_VARIABLES)
+        assert all(run.environment[variable] == "1" for variable in side_by_side.THREAD_VARIABLES)
     assert work.finished.keys() == set(names)
     (archive,) = work.archives.paths
     assert sorted(zipfile.ZipFile(archive).namelist()) == sorted(f"{name}.npz" for name in names)
@@ -275,7 +276,8 @@ def test_a_run_that_is_killed_has_failed_unless_its_records_are_finished(
             return None
         if run.name == PAIR[1]:
             (run.work / f"{run.name}.npz").unlink()
-        return -9
+        run.returncode = -9
+        return run.returncode
 
     monkeypatch.setattr(FakeProcess, "poll", killed_at_its_end)
     for name in PAIR:
@@ -296,7 +298,7 @@ def test_a_run_that_hangs_is_ended_after_the_call(tmp_path, monkeypatch):
     work = queue(tmp_path, [LEAD], minutes=0.01)
     work.work()
     assert time.monotonic() - started < 10
-    assert (work.running, work.failed) == ([], [])
+    assert (work.places.running, work.failed) == ([], [])
 
 
 def test_without_lease_minutes_there_is_no_lease(tmp_path):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -90,6 +90,19 @@ def sampled_rows(directory: Path) -> Result:
 
 def fsdp(directory: Path) -> Result:
     return as_rows(train(_sharded(), own_part))
+
+
+def ddp_on_gpus(directory: Path) -> Result:
+    return as_rows(train(DistributedDataParallel(model().cuda()), lambda whole: own_part(whole).cuda()))
+
+
+def fsdp_on_gpus(directory: Path) -> Result:
+    return as_rows(train(_sharded("cuda"), lambda whole: own_part(whole).cuda()))
+
+
+def nan_in_backward_on_gpus(directory: Path) -> Result:
+    options = {"activations_every": 10, "details_every": 0, "attention_every": 10}
+    return _with_nan(_nan_gradient, step_of_nan=4, wrap=lambda bare: _sharded("cuda"), **options)
 
 
 def fsdp_cpu_offload(directory: Path) -> Result:
@@ -310,11 +323,12 @@ def killed(directory: Path) -> Result:
     return as_rows(probe)
 
 
-def _sharded(**options: Any) -> nn.Module:
-    sharded = model()
+def _sharded(device: str = "cpu", mesh: DeviceMesh | None = None, **options: Any) -> nn.Module:
+    sharded = model().to(device)
+    mesh = mesh or init_device_mesh(device, (dist.get_world_size(),))
     for block in sharded.blocks:
-        fully_shard(block, **options)
-    fully_shard(sharded, **options)
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(sharded, mesh=mesh, **options)
     return sharded
 
 
@@ -345,7 +359,8 @@ def _with_nan(
             if step == step_of_nan and dist.get_rank() == dist.get_world_size() - 1:
                 plant(getattr(wrapped, "module", wrapped).blocks[1])
             try:
-                wrapped(own_part(batch(step))).square().mean().backward()
+                part = own_part(batch(step)).to(next(wrapped.parameters()).device)
+                wrapped(part).square().mean().backward()
                 if saves and dist.get_rank() == 0:
                     probe.state_dict()
                 optimizer.step()
@@ -373,7 +388,11 @@ def _nan_gradient(block: nn.Module) -> None:
 
 def main() -> None:
     directory, *scenarios = sys.argv[1:]
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    backend = "gloo"
+    if scenarios[0].endswith("_on_gpus"):
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, timeout=timedelta(seconds=30))
     for name in scenarios:
         result = globals()[name](Path(directory))
         path = Path(directory) / f"{name}-{dist.get_rank()}.json"

@@ -83,12 +83,12 @@ def rows(directory: Path, num_ranks: int, scenario: str) -> Rows:
     return first
 
 
-def assert_close(measured: Rows, expected: Rows) -> None:
+def assert_close(measured: Rows, expected: Rows, tolerance: float = 1e-6) -> None:
     assert measured.keys() == expected.keys()
     for name, (value, error, kind) in expected.items():
         assert measured[name][2] == kind, name
-        assert measured[name][0] == pytest.approx(value, rel=1e-6, abs=1e-14), name
-        assert measured[name][1] == (error and pytest.approx(error, rel=1e-6)), name
+        assert measured[name][0] == pytest.approx(value, rel=tolerance, abs=1e-14), name
+        assert measured[name][1] == (error and pytest.approx(error, rel=tolerance)), name
 
 
 def assert_blamed(result: dict[str, Any], step: int, layer: str, quantity: str) -> None:
@@ -257,6 +257,16 @@ class TestVerdicts:
     def test_ranks_that_end_at_different_steps_are_refused(self, of_two: Path) -> None:
         for result in results(of_two, 2, "joined"):
             assert "with model.join()" in result["message"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_two_gpus(tmp_path: Path, expected: Rows) -> None:
+    run(tmp_path, 2, ["ddp_on_gpus", "fsdp_on_gpus", "nan_in_backward_on_gpus"])
+    for scenario in ("ddp_on_gpus", "fsdp_on_gpus"):
+        assert_close(rows(tmp_path, 2, scenario), expected, tolerance=1e-4)
+    for result in results(tmp_path, 2, "nan_in_backward_on_gpus"):
+        assert_blamed(result, 4, "blocks.1.up", "grad_norm")
 
 
 @pytest.mark.slow
