@@ -18,6 +18,16 @@ from experiments.representation_findings import (
 )
 from experiments.representation_results import Judged, RawRun
 
+# Of a run's facts.
+_MEDIANS = (
+    "steps",
+    "best_step",
+    "padding",
+    "tokens_per_second",
+    "reference",
+    "without_attention",
+    "validation_loss",
+)
 METHODS = ("PCA", "softmax untrained", "sigmoid untrained", "softmax", "sigmoid")
 
 
@@ -76,10 +86,15 @@ def markdown(
             for row in selections(runs)
         ),
     )  # fmt: skip
-    parts += ["", "## Training", "", "Speeds are of runs that shared their device.", ""]
+    parts += ["", "## Training", "", "Medians. Speeds are of runs that shared their device.", ""]
+    parts += [
+        "Losses in nats, on validation cells: by how common genes are, by that at each rank (all that is",
+        "known without attention), and the model's.",
+        "",
+    ]
     parts += _table(
         ["data set", "mechanism", "runs", "median steps", "kept step", "ended by patience", "padding",
-         "valid tokens a second"],
+         "valid tokens a second", "common genes", "without attention", "model"],
         _training_rows(runs),
     )  # fmt: skip
     parts += ["", "## Attention and outcome", ""]
@@ -123,14 +138,12 @@ def _training_rows(runs: Sequence[RawRun]) -> Iterable[list[str]]:
         if run.config["purpose"] == "final":
             groups.setdefault((run.config["dataset"], run.config["mechanism"]), []).append(run.facts)
     for (dataset, mechanism), facts in groups.items():
-        medians = {
-            name: float(np.median([each[name] for each in facts]))
-            for name in ("steps", "best_step", "padding", "tokens_per_second")
-        }
+        medians = {name: float(np.median([each[name] for each in facts])) for name in _MEDIANS}
         stopped = sum(each["is_stopped_by_patience"] for each in facts)
         yield [
             dataset, mechanism, str(len(facts)), f"{medians['steps']:g}", f"{medians['best_step']:g}",
             f"{stopped} of {len(facts)}", f"{medians['padding']:.0%}", f"{medians['tokens_per_second']:,.0f}",
+            *(f"{medians[name]:.3f}" for name in ("reference", "without_attention", "validation_loss")),
         ]  # fmt: skip
 
 

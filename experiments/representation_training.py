@@ -68,7 +68,7 @@ class PatientTraining(ResumableTraining):
         if not self.validation:
             self._look()
         while not self._is_done():
-            if time.monotonic() >= deadline:
+            if self._is_told_to_stop or time.monotonic() >= deadline:
                 self.seconds = before + time.monotonic() - started
                 return False
             self._train_step()

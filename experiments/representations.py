@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from experiments.command_line import check_device, experiment_parser, positive_int
-from experiments.long_run import RunPaths
+from experiments.long_run import finished_facts
 from experiments.prepare_representations import add_data_flags, chosen_datasets, prepare
 from experiments.representation_data import (
     check_files,
@@ -50,12 +50,12 @@ from experiments.representation_plan import (
     selection_runs,
 )
 from experiments.representation_run import add_training_flags
-from experiments.run_records import RecordTable, read_run, write_run
-from experiments.stress_queue import Running, pack
+from experiments.run_records import RecordTable, write_run
+from experiments.stress_archives import Archives
+from experiments.stress_queue import Running
 
 # Python, torch and CUDA start before a run's first step: no run is begun that would see little more.
 START_SECONDS = 20
-PACK_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class Plan:
             grid = selection_runs(self.scale, dataset, mechanism)
             for config in grid:
                 yield config
-                if (records := RunPaths.of(config.name, work).records).exists():
-                    losses[config.learning_rate] = float(read_run(records).facts["validation_loss"])
+                if (facts := finished_facts(config, work)) is not None:
+                    losses[config.learning_rate] = float(facts["validation_loss"])
             if len(losses) == len(grid):
                 rates[dataset, mechanism] = best_rate(losses)
         for seed in range(self.num_seeds):
@@ -125,44 +125,42 @@ class Queue:
     ) -> None:
         self.plan, self.options = plan, options
         self.num_slots, self.num_gpus = num_slots, num_gpus
-        self.began = began
-        self.ends = self.began + 60 * options.minutes
+        self.ends = began + 60 * options.minutes
+        stamp = time.strftime("%H%M%S", time.gmtime(began))
+        self.archives = Archives(options.out, stamp, options.work / "carried.json")
         self.running: list[Running] = []
         self.failed: list[str] = []
         self._waiting = self._unfinished()
-        self._packed = self.began
+        self._carry()  # what an earlier call had no room for, and baselines
 
     def work(self) -> None:
         """Keep every slot busy until time is up or nothing is left."""
         try:
             while True:
                 self._collect()
-                for slot in sorted(set(range(self.num_slots)) - {run.slot for run in self.running}):
+                for slot in sorted(
+                    set(range(self.num_slots)) - {slot for run in self.running for slot in run.slots}
+                ):
                     if self._waiting and self.ends - time.time() > START_SECONDS:
                         self._start(self._waiting.pop(0), slot)
                 if not self.running:
                     return
-                if time.time() - self._packed > PACK_SECONDS:
-                    self.pack()
                 time.sleep(0.2)
         finally:
             for run in self.running:
                 run.process.terminate()
-            self.pack()
 
-    def pack(self) -> None:
-        """Write what was finished in this call, in place of what was written before."""
-        self._packed = time.time()
-        files = sorted(self.options.work.glob("*.npz"), key=lambda file: file.stat().st_mtime)
-        stamp = time.strftime("%H%M%S", time.gmtime(self.began))
-        pack([file for file in files if file.stat().st_mtime >= self.began], self.options.out, stamp)
+    def _carry(self) -> None:
+        """Put finished runs that were not carried home yet into the archives."""
+        for file in sorted(self.options.work.glob("*.npz"), key=lambda file: file.stat().st_mtime):
+            self.archives.add(file, 1)  # written when a run is finished: there are no parts of one
 
     def _unfinished(self) -> list[RepresentationConfig]:
         busy = {run.name for run in self.running} | set(self.failed)
         return [
             config
             for config in self.plan.known(self.options.work)
-            if config.name not in busy and not RunPaths.of(config.name, self.options.work).records.exists()
+            if config.name not in busy and finished_facts(config, self.options.work) is None
         ]
 
     def _start(self, config: RepresentationConfig, slot: int) -> None:
@@ -180,7 +178,7 @@ class Queue:
             environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.num_gpus)
         with (options.work / f"{config.name}.log").open("ab") as log:
             process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
-        self.running.append(Running(config.name, slot, process))
+        self.running.append(Running(config.name, [slot], process))
 
     def _collect(self) -> None:
         ended = [run for run in self.running if run.process.poll() is not None]
@@ -194,6 +192,7 @@ class Queue:
                 print(log.read_text(errors="replace")[-2000:], flush=True)
         if ended:  # the end of a grid makes final runs known
             self._waiting = self._unfinished()
+            self._carry()
 
 
 def write_baseline(prepared: Path, dataset: str, work: Path) -> None:
@@ -204,7 +203,7 @@ def write_baseline(prepared: Path, dataset: str, work: Path) -> None:
         dataset: Of that file.
         work: Folder of the finished runs.
     """
-    path = RunPaths.of(f"{dataset}-pca", work).records
+    path = work / f"{dataset}-pca.npz"
     if path.exists():
         return
     data = read_prepared(prepared, dataset)
@@ -259,16 +258,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.prepared = _prepared(options)
         for dataset, prepared in options.prepared.items():
             write_baseline(prepared, dataset, options.work)
+        num_gpus = torch.cuda.device_count() if options.device == "cuda" else 0
+        plan = Plan(options.preset, list(options.prepared), options.seeds)
+        num_slots = options.side_by_side * max(1, num_gpus)
+        queue = Queue(plan, options, began=began, num_slots=num_slots, num_gpus=num_gpus)
     except (OSError, ValueError, ImportError) as error:
         print(f"representations: {error}", file=sys.stderr)
         return 2
-    num_gpus = torch.cuda.device_count() if options.device == "cuda" else 0
-    plan = Plan(options.preset, list(options.prepared), options.seeds)
-    num_slots = options.side_by_side * max(1, num_gpus)
-    queue = Queue(plan, options, began=began, num_slots=num_slots, num_gpus=num_gpus)
     queue.work()
-    finished = [config for config in plan.known(options.work) if _is_finished(config, options.work)]
+    finished = [config for config in plan.known(options.work) if finished_facts(config, options.work)]
     print(f"{len(finished)} of {plan.size} runs are finished; archives in {options.out}.")
+    if left_out := queue.archives.left_out:
+        print(f"{len(left_out)} runs had no room in the archives; the next call carries them.")
     return 1 if queue.failed else 0
 
 
@@ -289,10 +290,6 @@ def _prepared(options: argparse.Namespace) -> dict[str, Path]:
         files[name] = options.work / f"{name}.prepared"
         write_prepared(files[name], {name: prepare(dataset)})
     return files
-
-
-def _is_finished(config: RepresentationConfig, work: Path) -> bool:
-    return RunPaths.of(config.name, work).records.exists()
 
 
 if __name__ == "__main__":

@@ -107,9 +107,11 @@ def test_final_runs_are_known_when_their_grid_is_finished(prepared, work, tmp_pa
         with np.load(source) as content:
             arrays = dict(content)
         facts = json.loads(str(arrays.pop("facts")))
+        name = f"tiny-{NAME}-{mechanism}-rate0.001"
+        config = facts["config"] | {"name": name, "learning_rate": 1e-3}
         representations.write_run(
-            tmp_path / f"tiny-{NAME}-{mechanism}-rate0.001.npz",
-            {**facts, "validation_loss": facts["validation_loss"] + 1},
+            tmp_path / f"{name}.npz",
+            {**facts, "config": config, "validation_loss": facts["validation_loss"] + 1},
             arrays,
         )
     final = [config for config in plan.known(tmp_path) if config.purpose == "final"]
@@ -140,6 +142,17 @@ def test_report_from_folders_and_archives(work, tmp_path, capsys):
     for picture in ("differences.png", "embeddings.png"):
         assert (tmp_path / "report" / picture).read_bytes().startswith(b"\x89PNG")
     assert "11 runs" not in capsys.readouterr().out  # seven, each read once
+
+
+def test_runs_of_another_configuration_are_not_taken_for_the_plans(prepared, work, tmp_path, capsys):
+    source = work / f"tiny-{NAME}-softmax-rate0.01.npz"
+    with np.load(source) as content:
+        arrays = dict(content)
+    facts = json.loads(str(arrays.pop("facts")))
+    facts["config"]["steps"] = 7
+    representations.write_run(tmp_path / source.name, facts, arrays)
+    assert main(flags(prepared, tmp_path)) == 2
+    assert "with another configuration" in capsys.readouterr().err
 
 
 @pytest.mark.slow
