@@ -53,7 +53,7 @@ def train_piece(
     """
     deadline = time.monotonic() + 60 * minutes
     work.mkdir(parents=True, exist_ok=True)
-    paths = RunPaths.of(config, work)
+    paths = RunPaths.of(config.name, work)
     best = work / f"{config.name}.best.pt"
     data = read_prepared(prepared, config.dataset)
     pool = CellPool(data.side(data.split.is_train), data.side(data.split.is_validation))

@@ -19,8 +19,6 @@ what the one before left in --work, and writes the runs that it finished into --
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,7 +30,7 @@ import numpy as np
 import torch
 
 from experiments.command_line import check_device, experiment_parser, positive_int
-from experiments.long_run import finished_facts
+from experiments.long_run import RunPaths, finished_facts
 from experiments.prepare_representations import add_data_flags, chosen_datasets, prepare
 from experiments.representation_data import (
     check_files,
@@ -51,11 +49,12 @@ from experiments.representation_plan import (
 )
 from experiments.representation_run import add_training_flags
 from experiments.run_records import RecordTable, write_run
+from experiments.side_by_side import SideBySide
 from experiments.stress_archives import Archives
-from experiments.stress_queue import Running
 
 # Python, torch and CUDA start before a run's first step: no run is begun that would see little more.
 START_SECONDS = 20
+GRACE_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -110,45 +109,33 @@ class Queue:
         plan: Which runs there are.
         options: The command line's.
         began: When the call began, in seconds since the epoch.
-        num_slots: How many runs are trained side by side.
-        num_gpus: Over how many devices they are spread; 0 without.
+        num_gpus: Over how many devices runs are spread; 0 without.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        options: argparse.Namespace,
-        *,
-        began: float,
-        num_slots: int,
-        num_gpus: int,
-    ) -> None:
+    def __init__(self, plan: Plan, options: argparse.Namespace, *, began: float, num_gpus: int) -> None:
         self.plan, self.options = plan, options
-        self.num_slots, self.num_gpus = num_slots, num_gpus
+        self.processes = SideBySide(options.side_by_side, num_gpus, options.threads)
         self.ends = began + 60 * options.minutes
         stamp = time.strftime("%H%M%S", time.gmtime(began))
         self.archives = Archives(options.out, stamp, options.work / "carried.json")
-        self.running: list[Running] = []
         self.failed: list[str] = []
         self._waiting = self._unfinished()
         self._carry()  # what an earlier call had no room for, and baselines
 
     def work(self) -> None:
-        """Keep every slot busy until time is up or nothing is left."""
+        """Keep every place busy until time is up or nothing is left."""
         try:
             while True:
                 self._collect()
-                for slot in sorted(
-                    set(range(self.num_slots)) - {slot for run in self.running for slot in run.slots}
-                ):
-                    if self._waiting and self.ends - time.time() > START_SECONDS:
-                        self._start(self._waiting.pop(0), slot)
-                if not self.running:
+                while self._waiting and self.ends - time.time() > START_SECONDS:
+                    if not (slots := self.processes.free_slots()):
+                        break
+                    self._start(self._waiting.pop(0), slots)
+                if not self.processes.running:
                     return
                 time.sleep(0.2)
         finally:
-            for run in self.running:
-                run.process.terminate()
+            self.processes.stop(GRACE_SECONDS)
 
     def _carry(self) -> None:
         """Put finished runs that were not carried home yet into the archives."""
@@ -156,40 +143,32 @@ class Queue:
             self.archives.add(file, 1)  # written when a run is finished: there are no parts of one
 
     def _unfinished(self) -> list[RepresentationConfig]:
-        busy = {run.name for run in self.running} | set(self.failed)
+        busy = {run.name for run in self.processes.running} | set(self.failed)
         return [
             config
             for config in self.plan.known(self.options.work)
             if config.name not in busy and finished_facts(config, self.options.work) is None
         ]
 
-    def _start(self, config: RepresentationConfig, slot: int) -> None:
+    def _start(self, config: RepresentationConfig, slots: list[int]) -> None:
         options = self.options
         command: list[Any] = [sys.executable, "-m", "experiments.representation_run"]
         command += ["--dataset", config.dataset, "--mechanism", config.mechanism]
         command += ["--rate", config.learning_rate, "--preset", options.preset, "--device", options.device]
         command += ["--prepared", options.prepared[config.dataset], "--work", options.work]
-        command += ["--threads", options.threads]
-        command += ["--minutes", f"{(self.ends - time.time()) / 60:.3f}"]
+        command += ["--threads", options.threads, "--minutes", f"{(self.ends - time.time()) / 60:.3f}"]
         if config.purpose == "final":
             command += ["--seed", config.seed]
-        environment = dict(os.environ)
-        if self.num_gpus > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.num_gpus)
-        with (options.work / f"{config.name}.log").open("ab") as log:
-            process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
-        self.running.append(Running(config.name, [slot], process))
+        self.processes.start(config.name, command, slots, RunPaths.of(config.name, options.work).log)
 
     def _collect(self) -> None:
-        ended = [run for run in self.running if run.process.poll() is not None]
+        ended = self.processes.ended()
         for run in ended:
-            self.running.remove(run)
-            clock = time.strftime("%H:%M:%S")
-            print(f"{clock} {run.name}: ended with status {run.process.returncode}", flush=True)
-            if run.process.returncode:
+            status = run.process.returncode
+            print(f"{time.strftime('%H:%M:%S')} {run.name}: ended with status {status}", flush=True)
+            if status:
                 self.failed.append(run.name)
-                log = self.options.work / f"{run.name}.log"
-                print(log.read_text(errors="replace")[-2000:], flush=True)
+                print(run.last_words(), flush=True)
         if ended:  # the end of a grid makes final runs known
             self._waiting = self._unfinished()
             self._carry()
@@ -260,8 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_baseline(prepared, dataset, options.work)
         num_gpus = torch.cuda.device_count() if options.device == "cuda" else 0
         plan = Plan(options.preset, list(options.prepared), options.seeds)
-        num_slots = options.side_by_side * max(1, num_gpus)
-        queue = Queue(plan, options, began=began, num_slots=num_slots, num_gpus=num_gpus)
+        queue = Queue(plan, options, began=began, num_gpus=num_gpus)
     except (OSError, ValueError, ImportError) as error:
         print(f"representations: {error}", file=sys.stderr)
         return 2
