@@ -177,12 +177,14 @@ def strongest_pair(
 ) -> tuple[RecordedRun, RecordedRun] | None:
     """The softmax run with the largest sustained factor that has a sigmoid run beside it, and that one.
 
-    Runs with a healthy baseline come first; runs without a recorded step have no picture.
+    Runs with a healthy baseline come first; runs without a recorded step, or with clipping, have no picture.
     """
     pairs = []
     for name, run in runs.items():
         other = name.replace("-softmax-", "-sigmoid-")
-        if "-softmax-" in name and other in runs and min(_num_steps(run), _num_steps(runs[other])) > 0:
+        if "-softmax-" not in name or other not in runs or run.facts["config"].get("clip_norm") is not None:
+            continue
+        if min(_num_steps(run), _num_steps(runs[other])) > 0:
             judgement = judgements[name]
             sustained = -np.inf if judgement.sustained is None else judgement.sustained
             pairs.append((judgement.has_baseline, sustained, name, run, runs[other]))
@@ -203,14 +205,21 @@ def draw_layers(path: Path, pair: tuple[RecordedRun, RecordedRun]) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(1, 3))
     images = [_image(run) for run in pair]
+    ends = [_last_step(run) for run in pair]
     finite = np.concatenate([image[np.isfinite(image)] for image in images])
     limits = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    for column, (run, image) in enumerate(zip(pair, images, strict=True)):
+    for column, (run, image, end) in enumerate(zip(pair, images, ends, strict=True)):
         _draw_norm(panels[0, column], run)
         drawn = panels[1, column].imshow(
-            image, aspect="auto", interpolation="nearest", vmin=limits[0], vmax=limits[1], cmap="viridis"
+            image,
+            aspect="auto",
+            interpolation="nearest",
+            vmin=limits[0],
+            vmax=limits[1],
+            cmap="viridis",
+            extent=(-0.5, end + 0.5, len(image) - 0.5, -0.5),
         )
-    panels[0, 0].set_xlim(-0.5, max(image.shape[1] for image in images) - 0.5)
+    panels[0, 0].set_xlim(-0.5, max(ends) + 0.5)
     layers = pair[0].layers("grad_norm")
     blocks = [i for i, layer in enumerate(layers) if layer.endswith("attention.query")]
     panels[1, 0].set_yticks(blocks, [layers[i] for i in blocks], fontsize=7)
@@ -224,8 +233,12 @@ def _num_steps(run: RecordedRun) -> int:
     return len(run.values("grad_norm"))
 
 
+def _last_step(run: RecordedRun) -> int:
+    return max(int(steps[-1]) for steps, _ in run.series.values() if len(steps))
+
+
 def _image(run: RecordedRun) -> np.ndarray:
-    """[layers, steps] log10 of gradient norms; NaN where they are zero or not finite."""
+    """[layers, recorded steps] log10 of gradient norms; NaN where they are zero or not finite."""
     norms = np.stack([run.values("grad_norm", layer) for layer in run.layers("grad_norm")])
     return np.log10(np.where(np.isfinite(norms) & (norms > 0), norms, np.nan))
 
@@ -237,21 +250,28 @@ def _draw_norm(panel: Axes, run: RecordedRun) -> None:
     panel.set_title(run.facts["config"]["name"])
 
 
-def write_ledger(sources: Sequence[Path], out: Path) -> str:
+def write_ledger(sources: Sequence[Path], out: Path, softmax_run: str | None = None) -> str:
     """Judge all runs and write ledger.md, ledger.json and gradient_norms.png.
 
     Args:
         sources: See `read_runs`.
         out: A folder; it is made.
+        softmax_run: Which run the figure shows, beside its sigmoid twin; None takes the strongest.
 
     Returns:
         The Markdown table.
 
     Raises:
         FileNotFoundError: There is no run.
-        ValueError: A file cannot be read.
+        ValueError: A file cannot be read, or there is no such pair of runs.
     """
     runs = read_runs(sources)
+    shown = runs
+    if softmax_run is not None:
+        names = softmax_run, softmax_run.replace("-softmax-", "-sigmoid-")
+        if not set(names) <= runs.keys() or "-softmax-" not in softmax_run:
+            raise ValueError(f"Expected a softmax run with a sigmoid twin among {', '.join(runs)}.")
+        shown = {name: runs[name] for name in names}
     judgements = {name: judge_long_run(run) for name, run in runs.items()}
     out.mkdir(parents=True, exist_ok=True)
     table = markdown_table(runs, judgements)
@@ -263,7 +283,7 @@ def write_ledger(sources: Sequence[Path], out: Path) -> str:
         for name, run in runs.items()
     ]
     write_json(out / "ledger.json", {"schema_version": 1, "runs": rows})
-    if pair := strongest_pair(runs, judgements):
+    if pair := strongest_pair(shown, judgements):
         draw_layers(out / "gradient_norms.png", pair)
     return table
 
@@ -280,9 +300,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = experiment_parser("stress_ledger", __doc__)
     parser.add_argument("sources", nargs="+", type=Path, help="archives, files or folders of records")
     parser.add_argument("--out", type=Path, required=True, help="folder of table, JSON and figure")
+    parser.add_argument("--figure", metavar="RUN", help="the softmax run to draw (default: the strongest)")
     options = parser.parse_args(arguments)
     try:
-        print(write_ledger(options.sources, options.out), end="")
+        print(write_ledger(options.sources, options.out, options.figure), end="")
     except (OSError, ValueError) as error:
         print(f"stress_ledger: {error}", file=sys.stderr)
         return 2
