@@ -54,8 +54,7 @@ from experiments.stress_archives import Archives
 
 # Python, torch and CUDA start before a run's first step: no run is begun that would see little more.
 START_SECONDS = 20
-# What a run may take beyond the call's end to write its checkpoint.
-GRACE_SECONDS = 60.0
+GRACE_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -110,19 +109,12 @@ class Queue:
         plan: Which runs there are.
         options: The command line's.
         began: When the call began, in seconds since the epoch.
-        num_gpus: Over how many devices the runs are spread; 0 without.
+        num_gpus: Over how many devices runs are spread; 0 without.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        options: argparse.Namespace,
-        *,
-        began: float,
-        num_gpus: int,
-    ) -> None:
+    def __init__(self, plan: Plan, options: argparse.Namespace, *, began: float, num_gpus: int) -> None:
         self.plan, self.options = plan, options
-        self.places = SideBySide(options.side_by_side, num_gpus, options.threads)
+        self.processes = SideBySide(options.side_by_side, num_gpus, options.threads)
         self.ends = began + 60 * options.minutes
         stamp = time.strftime("%H%M%S", time.gmtime(began))
         self.archives = Archives(options.out, stamp, options.work / "carried.json")
@@ -131,19 +123,19 @@ class Queue:
         self._carry()  # what an earlier call had no room for, and baselines
 
     def work(self) -> None:
-        """Keep every slot busy until time is up or nothing is left."""
+        """Keep every place busy until time is up or nothing is left."""
         try:
             while True:
                 self._collect()
                 while self._waiting and self.ends - time.time() > START_SECONDS:
-                    if not (slots := self.places.free_slots()):
+                    if not (slots := self.processes.free_slots()):
                         break
                     self._start(self._waiting.pop(0), slots)
-                if not self.places.running:
+                if not self.processes.running:
                     return
                 time.sleep(0.2)
         finally:
-            self.places.stop(GRACE_SECONDS)
+            self.processes.stop(GRACE_SECONDS)
 
     def _carry(self) -> None:
         """Put finished runs that were not carried home yet into the archives."""
@@ -151,7 +143,7 @@ class Queue:
             self.archives.add(file, 1)  # written when a run is finished: there are no parts of one
 
     def _unfinished(self) -> list[RepresentationConfig]:
-        busy = {run.name for run in self.places.running} | set(self.failed)
+        busy = {run.name for run in self.processes.running} | set(self.failed)
         return [
             config
             for config in self.plan.known(self.options.work)
@@ -164,18 +156,17 @@ class Queue:
         command += ["--dataset", config.dataset, "--mechanism", config.mechanism]
         command += ["--rate", config.learning_rate, "--preset", options.preset, "--device", options.device]
         command += ["--prepared", options.prepared[config.dataset], "--work", options.work]
-        command += ["--threads", options.threads]
-        command += ["--minutes", f"{(self.ends - time.time()) / 60:.3f}"]
+        command += ["--threads", options.threads, "--minutes", f"{(self.ends - time.time()) / 60:.3f}"]
         if config.purpose == "final":
             command += ["--seed", config.seed]
-        self.places.start(config.name, command, slots, RunPaths.of(config.name, options.work).log)
+        self.processes.start(config.name, command, slots, RunPaths.of(config.name, options.work).log)
 
     def _collect(self) -> None:
-        ended = self.places.ended()
+        ended = self.processes.ended()
         for run in ended:
-            clock = time.strftime("%H:%M:%S")
-            print(f"{clock} {run.name}: ended with status {run.process.returncode}", flush=True)
-            if run.process.returncode:
+            status = run.process.returncode
+            print(f"{time.strftime('%H:%M:%S')} {run.name}: ended with status {status}", flush=True)
+            if status:
                 self.failed.append(run.name)
                 print(run.last_words(), flush=True)
         if ended:  # the end of a grid makes final runs known
