@@ -19,15 +19,15 @@ class WeightJumpDetector:
     """Alerts when a layer's weight norm changes in a step far beyond its own and the other layers' habit.
 
     Of each layer, δ is log w(t) − log w(t−1). Its habit is the half width of the middle 90 % of its last
-    ``window`` changes, or the size of their median if that is larger. Its excess u is |δ − median| over the
-    habit, or over that and the excess of most layers: what all layers do at once is the learning rate's
-    doing, not theirs. A layer has jumped when |δ| reaches ``min_change`` and u ``ratio``, and either its
-    surprise |δ| u² reaches ``surprise`` or u alone ``max_ratio``: how unusual a change is tells a fault from
-    a training in motion better than how large it is.
+    ``window`` changes, or the size of their median if that is larger. Its excess u is ``|δ − median|`` over
+    the habit, or over that and the excess of most layers: what all layers do at once is the learning rate's
+    doing, not theirs. A layer has jumped when ``|δ|`` reaches ``min_change`` and u ``ratio``, and either its
+    surprise ``|δ|`` u² reaches ``surprise`` or u alone ``max_ratio``: how unusual a change is tells a fault
+    from a training in motion better than how large it is.
 
-    What most layers do is an alert of its own, for the whole model: the lower median of |δ| over the layers
-    reaches ``common_ratio`` times the largest it has been, so that warm-up and restarts, which come back to
-    rates seen before, are silent; value and reference of that alert are these changes.
+    What most layers do is an alert of its own, for the whole model: the lower median of ``|δ|`` over the
+    layers reaches ``common_ratio`` times the largest it has been, so that warm-up and restarts, which come
+    back to rates seen before, are silent; value and reference of that alert are these changes.
 
     Args:
         surprise: Change times excess squared. Calibrated: clean runs reach 0.8, query and key weights that
