@@ -34,6 +34,10 @@ class MLflowSink:
     Raises:
         ImportError: Without the package mlflow.
         ValueError: If ``every`` is not positive.
+
+    Example:
+        >>> sink = MLflowSink(run_id="0123456789abcdef0123456789abcdef", every=100)  # no request before a record
+        >>> sink.close()
     """
 
     def __init__(self, run_id: str | None = None, *, every: int = 10) -> None:

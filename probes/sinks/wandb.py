@@ -27,6 +27,15 @@ class WandbSink:
     Raises:
         ImportError: Without the package wandb.
         ValueError: If ``every`` is not positive.
+
+    Example:
+        >>> import probes, torch, wandb
+        >>> run = wandb.init(mode="disabled")  # or as usual
+        >>> model = torch.nn.Linear(2, 1)
+        >>> with probes.attach(model, sinks=[WandbSink(run)]) as probe:
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     probe.step()
+        >>> run.finish()
     """
 
     def __init__(self, run: wandb.Run | None = None, *, every: int = 10) -> None:
