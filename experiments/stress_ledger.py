@@ -37,7 +37,7 @@ COLUMNS = (
         "reference",
         "gain",
     ),
-    *("healthy run", "collapsed layers", "verdict"),
+    *("healthy run", "collapsed layers", "query gradient", "verdict"),
 )
 
 
@@ -126,6 +126,7 @@ def markdown_table(runs: dict[str, RecordedRun], judgements: dict[str, LongJudge
             _short(judgement.gain),
             _yes(judgement.is_healthy),
             _short(judgement.collapsed_layers, 2),
+            _short(judgement.query_gradient, 1),
             judgement.verdict,
         )
         lines.append(f"| {' | '.join(cells)} |")

@@ -208,6 +208,27 @@ QUESTIONS: tuple[Question, ...] = (
         "Spikes of 2 orders above the median in both; explained variance lower than in healthy-values.",
         {"task": "counts"},
     ),
+    # Added after the first 26 runs (docs/results/2026-11-22-stress-160m.md), before any run of these.
+    Question(
+        "values-1e-3",
+        3,
+        "Ranks are hardly learned in 1,500 steps, so a calm mechanism cannot show there that it learns as "
+        "well. Values are learned, and softmax's rows collapse at the same rates.",
+        "Both explain more than 0.5 of the variance in 3 of 3 seeds; softmax has single steps of 1 to 2 "
+        "orders, sigmoid of less than 1; no explosion. The gradients of sigmoid's query projections fall "
+        "below a hundredth of softmax's.",
+        {"task": "values", "learning_rate": 1e-3},
+        seeds=(0, 1, 2),
+    ),
+    Question(
+        "values-3e-3",
+        3,
+        "The same at the rate of the strongest regime so far.",
+        "Neither mechanism passes the genes' means (0.67 of the variance) in 2 of 3 seeds; softmax has "
+        "single steps of 2 orders and more; no explosion. Sigmoid has row sums above 512 in 3 of 3.",
+        {"task": "values", "learning_rate": 3e-3},
+        seeds=(0, 1, 2),
+    ),
 )
 
 # Sizes to try the harness with; 160m runs the plan as it stands.

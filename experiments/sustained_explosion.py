@@ -24,6 +24,9 @@ loss.
 * **Collapsed**: in half of the attention layers and more, at the last measurement, softmax rows have less
   than 0.1 nats of entropy, or more than half of the sigmoid weights exceed 0.99. Their Jacobians vanish, so
   being calm says nothing of the mechanism.
+* **Query gradient**: the median over attention layers of the median gradient norm of their query projections
+  in the last tenth of the steps. Where heads saturate it vanishes, long before half of the layers have
+  collapsed; it has no say in the verdict, which was fixed before that was seen.
 * **Healthy run**: it ended neither exploded nor collapsed, and its gain reaches 0.3 nats or 0.2 of the
   variance. (Genes' means alone explain more than 0.2; *learned* asks for more.)
 
@@ -75,6 +78,7 @@ class LongJudgement:
         gain: Nats or share of variance.
         is_healthy: Whether the gain is what a healthy run is asked for.
         collapsed_layers: Share of the attention layers.
+        query_gradient: See the module's definitions.
         verdict: See the module's definitions.
     """
 
@@ -91,6 +95,7 @@ class LongJudgement:
     gain: float | None
     is_healthy: bool
     collapsed_layers: float | None
+    query_gradient: float | None
     verdict: Verdict
 
 
@@ -155,6 +160,7 @@ def judge_long_run(run: RecordedRun) -> LongJudgement:
         and gain is not None
         and gain >= HEALTHY_GAIN[run.facts["metric"]],
         collapsed_layers=collapsed_layers,
+        query_gradient=_query_gradient(run),
         verdict=verdict,
     )
 
@@ -238,3 +244,10 @@ def _collapsed_layers(run: RecordedRun) -> float | None:
         return None
     collapsed = [value < COLLAPSED_ENTROPY if is_softmax else value > SATURATED_SHARE for value in last]
     return float(np.mean(collapsed))
+
+
+def _query_gradient(run: RecordedRun) -> float | None:
+    layers = [layer for layer in run.layers("grad_norm") if layer.endswith("attention.query")]
+    norms = [run.values("grad_norm", layer) for layer in layers]
+    last = [np.median(values[-max(1, len(values) // 10) :]) for values in norms if len(values)]
+    return float(np.median(last)) if last else None

@@ -36,7 +36,7 @@ class MLflowSink:
         ValueError: If ``every`` is not positive.
 
     Example:
-        >>> sink = MLflowSink(run_id="0123456789abcdef0123456789abcdef", every=100)  # no request before a record
+        >>> sink = MLflowSink(run_id="0123456789abcdef0123456789abcdef", every=100)
         >>> sink.close()
     """
 
