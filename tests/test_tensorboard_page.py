@@ -90,9 +90,10 @@ def test_what_a_person_sees_of_the_stress_test(stress_runs: Path, tmp_path: Path
     assert overview["lines"] > 100
     assert "heat_map/grad_norm" in pictures["text"]
     assert 700 in pictures["images"]  # at its actual size
-    (alert,) = [alert for run in stress_runs.glob("*-lr3-*") for alert in probes.read(run).alerts]
+    alerts = [alert for run in stress_runs.glob("*-lr3-*") for alert in probes.read(run).alerts]
+    assert alerts
     assert "alerts/text_summary" in words["text"]
-    assert alert.reason in words["text"]
+    assert any(alert.reason in words["text"] for alert in alerts)
     assert "CellTransformer" in words["text"]
     for word in ("overview/peak_grad_norm", "mechanism", "sigmoid", "2.59"):
         assert word in ladder["text"]
