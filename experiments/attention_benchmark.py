@@ -30,15 +30,17 @@ import torch
 from experiments.attention_contenders import Case, Inputs, contenders, passes, relative_error
 from experiments.attention_report import Measurement, attention_table, draw_figure
 from experiments.command_line import (
+    add_device,
     check_device,
     experiment_parser,
+    fail,
     positive_float,
     positive_int,
+    progress_bar,
     report_console,
     run_facts,
     write_json,
 )
-from experiments.provenance import provenance
 from stability.attention import explain
 
 DEFAULT_OUT = Path("runs/attention")
@@ -178,18 +180,11 @@ def measure_case(
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        The settings; argparse exits with status 2 on a bad one.
-    """
+    """Flags; argparse exits with status 2 on a bad one."""
     parser = experiment_parser("attention_benchmark", __doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="full", help="which cases (default full)")
-    add("--device", choices=["cpu", "cuda"], default="cuda", help="cpu is for tests (default cuda)")
+    add_device(parser, "cuda", "cpu is for tests (default cuda)")
     add("--rounds", type=positive_int, default=15, help="turns of each contender (default 15)")
     add("--turn-ms", type=positive_float, default=20.0, help="length of a turn in ms (default 20)")
     add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
@@ -199,16 +194,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and report.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 130 after Ctrl-C, 2 if nothing can be written to --out.
-    """
-    from rich.progress import Progress
-
+    """Measure and report. Exit status: 0, 130 after Ctrl-C, 2 if nothing can be written to --out."""
     options = parse_arguments(arguments)
     console = report_console()
     json_path, figure_path = options.out / "attention.json", options.out / "attention.png"
@@ -221,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = PRESETS[options.preset]
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        with Progress(console=console) as progress:
+        with progress_bar(console) as progress:
             task = progress.add_task("", total=len(cases))
             for case in cases:
                 progress.update(task, description=str(case))
@@ -242,19 +228,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     json_path,
                     {
                         "schema_version": 1,
-                        **run_facts("attention_benchmark", arguments, started),
+                        **run_facts("attention_benchmark", arguments, started, options.device),
                         "rounds": options.rounds,
                         "measurements": [asdict(measurement) for measurement in measurements],
                         "ceilings": ceilings,
                         "failed": failed,
                         "explanations": explanations,
-                        **provenance(options.device),
                     },
                 )
                 progress.advance(task)
     except OSError as error:
-        print(f"attention_benchmark: {error}", file=sys.stderr)
-        return 2
+        return fail("attention_benchmark", error)
     except KeyboardInterrupt:
         pass
     num_cases = len(explanations)

@@ -30,13 +30,14 @@ import torch
 from experiments.attention_benchmark import measure, time_turn
 from experiments.attention_contenders import Case, Contender, Inputs, passes
 from experiments.command_line import (
+    add_device,
     check_device,
     experiment_parser,
+    fail,
     positive_int,
     run_facts,
     write_json,
 )
-from experiments.provenance import provenance
 from experiments.training_speed_contenders import Mode, SharedTraining, speed_contenders
 from experiments.training_speed_report import Speed, markdown, ratios
 
@@ -133,18 +134,11 @@ def measure_case(
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags, with the chosen cases as `chosen`.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        The settings; argparse exits with status 2 on a bad one.
-    """
+    """Flags, with the chosen cases as `chosen`; argparse exits with status 2 on a bad one."""
     parser = experiment_parser("training_speed", __doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="160m", help="tiny is for tests (default 160m)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    add_device(parser)
     add("--cases", nargs="+", metavar="PATTERN", default=["*"], help='such as "eager*" (default all)')
     add("--rounds", type=positive_int, default=7, help="turns of each contender (default 7)")
     add("--steps", type=positive_int, default=2, help="training steps of a turn (default 2)")
@@ -166,11 +160,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and report.
 
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 1 if sigmoid failed in a case, 2 if nothing can be written to --out.
+    Exit status: 0, 1 if sigmoid failed in a case, 2 if nothing can be written to --out.
     """
     options = parse_arguments(arguments)
     started = time.time()
@@ -200,17 +190,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.out / "training_speed.json",
                 {
                     "schema_version": 1,
-                    **run_facts("training_speed", arguments, started),
+                    **run_facts("training_speed", arguments, started, options.device),
                     "rounds": options.rounds,
                     "steps": options.steps,
                     "results": results,
-                    **provenance(options.device),
                 },
             )
             (options.out / "training_speed.md").write_text(markdown(results), encoding="utf-8")
     except OSError as error:
-        print(f"training_speed: {error}", file=sys.stderr)
-        return 2
+        return fail("training_speed", error)
     print(markdown(results))
     for result in results:
         for name, reason in result["failed"].items():
