@@ -20,7 +20,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -108,6 +108,21 @@ def measure(
     for name, function in functions.items():
         function()  # compiles, tunes, allocates
         calls[name] = max(1, round(turn_ms / max(time_turn(function, 2, device), 1e-3)))
+    times = time_rounds(functions, calls, rounds=rounds, device=device)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def time_rounds(
+    functions: Mapping[str, Callable[[], object]], calls: Mapping[str, int], *, rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Milliseconds a call of several functions that take turns, round by round.
+
+    Args:
+        functions: Name → what is timed.
+        calls: Name → calls of a turn.
+        rounds: How often each has its turn.
+        device: "cpu" or "cuda".
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     shuffle = random.Random(0).shuffle
@@ -115,7 +130,7 @@ def measure(
         shuffle(names)  # a fixed order would give each the clock that the one before it left behind
         for name in names:
             times[name].append(time_turn(functions[name], calls[name], device))
-    return {name: float(np.median(values)) for name, values in times.items()}
+    return times
 
 
 def ceiling_functions(device: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:

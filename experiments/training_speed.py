@@ -15,7 +15,6 @@ Writes `training_speed.json` after each case and `training_speed.md` below --out
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.attention_benchmark import measure, time_turn
+from experiments.attention_benchmark import measure, time_rounds
 from experiments.attention_contenders import Case, Contender, Inputs, passes
 from experiments.command_line import (
     add_device,
@@ -117,7 +116,7 @@ def measure_case(
             continue
         found.append(contender)
         functions[contender.name], attention[contender.name] = step, own
-    turns = _turns(functions, rounds=rounds, steps=steps, device=device)
+    turns = time_rounds(functions, dict.fromkeys(functions, steps), rounds=rounds, device=device)
     alone = measure(attention, rounds=max(3, rounds // 2), turn_ms=20.0, device=device)
     tokens = sum(case.lengths or [case.tokens] * case.batch)
     speeds = []
@@ -204,20 +203,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, reason in result["failed"].items():
             print(f"Failed: {result['case']}, {name}: {reason}")
     return int(any(name.startswith("sigmoid") for result in results for name in result["failed"]))
-
-
-def _turns(
-    functions: dict[str, Callable[[], None]], *, rounds: int, steps: int, device: str
-) -> dict[str, list[float]]:
-    """Milliseconds a step of each, round by round."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
-    shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(names)  # a fixed order would give each the clock that the one before it left behind
-        for name in names:
-            times[name].append(time_turn(functions[name], steps, device))
-    return times
 
 
 if __name__ == "__main__":
