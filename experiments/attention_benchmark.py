@@ -20,7 +20,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,15 +30,17 @@ import torch
 from experiments.attention_contenders import Case, Inputs, contenders, passes, relative_error
 from experiments.attention_report import Measurement, attention_table, draw_figure
 from experiments.command_line import (
+    add_device,
     check_device,
     experiment_parser,
+    fail,
     positive_float,
     positive_int,
+    progress_bar,
     report_console,
     run_facts,
     write_json,
 )
-from experiments.provenance import provenance
 from stability.attention import explain
 
 DEFAULT_OUT = Path("runs/attention")
@@ -106,6 +108,21 @@ def measure(
     for name, function in functions.items():
         function()  # compiles, tunes, allocates
         calls[name] = max(1, round(turn_ms / max(time_turn(function, 2, device), 1e-3)))
+    times = time_rounds(functions, calls, rounds=rounds, device=device)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def time_rounds(
+    functions: Mapping[str, Callable[[], object]], calls: Mapping[str, int], *, rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Milliseconds a call of several functions that take turns, round by round.
+
+    Args:
+        functions: Name → what is timed.
+        calls: Name → calls of a turn.
+        rounds: How often each has its turn.
+        device: "cpu" or "cuda".
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     shuffle = random.Random(0).shuffle
@@ -113,7 +130,7 @@ def measure(
         shuffle(names)  # a fixed order would give each the clock that the one before it left behind
         for name in names:
             times[name].append(time_turn(functions[name], calls[name], device))
-    return {name: float(np.median(values)) for name, values in times.items()}
+    return times
 
 
 def ceiling_functions(device: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -178,18 +195,11 @@ def measure_case(
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        The settings; argparse exits with status 2 on a bad one.
-    """
+    """Flags; argparse exits with status 2 on a bad one."""
     parser = experiment_parser("attention_benchmark", __doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="full", help="which cases (default full)")
-    add("--device", choices=["cpu", "cuda"], default="cuda", help="cpu is for tests (default cuda)")
+    add_device(parser, "cuda", "cpu is for tests (default cuda)")
     add("--rounds", type=positive_int, default=15, help="turns of each contender (default 15)")
     add("--turn-ms", type=positive_float, default=20.0, help="length of a turn in ms (default 20)")
     add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
@@ -199,16 +209,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and report.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 130 after Ctrl-C, 2 if nothing can be written to --out.
-    """
-    from rich.progress import Progress
-
+    """Measure and report. Exit status: 0, 130 after Ctrl-C, 2 if nothing can be written to --out."""
     options = parse_arguments(arguments)
     console = report_console()
     json_path, figure_path = options.out / "attention.json", options.out / "attention.png"
@@ -221,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = PRESETS[options.preset]
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        with Progress(console=console) as progress:
+        with progress_bar(console) as progress:
             task = progress.add_task("", total=len(cases))
             for case in cases:
                 progress.update(task, description=str(case))
@@ -242,19 +243,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     json_path,
                     {
                         "schema_version": 1,
-                        **run_facts("attention_benchmark", arguments, started),
+                        **run_facts("attention_benchmark", arguments, started, options.device),
                         "rounds": options.rounds,
                         "measurements": [asdict(measurement) for measurement in measurements],
                         "ceilings": ceilings,
                         "failed": failed,
                         "explanations": explanations,
-                        **provenance(options.device),
                     },
                 )
                 progress.advance(task)
     except OSError as error:
-        print(f"attention_benchmark: {error}", file=sys.stderr)
-        return 2
+        return fail("attention_benchmark", error)
     except KeyboardInterrupt:
         pass
     num_cases = len(explanations)

@@ -30,14 +30,16 @@ from torch import nn
 import probes
 from experiments.collapse_report import PairedRuns, conclusion, draw_figure, summary, summary_table
 from experiments.command_line import (
+    add_threads,
     experiment_parser,
+    fail,
     positive_float,
     positive_int,
+    progress_bar,
     report_console,
     run_facts,
     write_json,
 )
-from experiments.provenance import provenance
 from experiments.token_chains import chain_batches
 from experiments.token_transformer import TokenTransformer, TokenTransformerConfig
 from probes.reading import RecordedSeries, to_series
@@ -133,14 +135,7 @@ def _grow_query_and_key(model: TokenTransformer, fault: Fault) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        The settings; argparse exits with status 2 on a bad one.
-    """
+    """Flags; argparse exits with status 2 on a bad one."""
     parser = experiment_parser("attention_collapse", __doc__)
     add = parser.add_argument
     add("--steps", type=positive_int, default=160, help="optimizer steps of each run (default 160)")
@@ -158,7 +153,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--layers", type=positive_int, default=4, help="blocks of the model (default 4)")
     add("--tokens", type=positive_int, default=128, help="tokens of a sequence (default 128)")
     add("--attention-every", type=positive_int, default=2, help="steps between attention records (default 2)")
-    add("--threads", type=positive_int, default=1, help="CPU threads (default 1)")
+    add_threads(parser)
     add("--log-dir", type=Path, default=DEFAULT_LOG_DIR, help=f"where to write (default {DEFAULT_LOG_DIR})")
     options = parser.parse_args(arguments)
     if not 0 <= options.block < options.layers:
@@ -181,14 +176,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train both runs and report.
 
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 130 after Ctrl-C, 2 if the log directory cannot be written.
+    Exit status: 0, 130 after Ctrl-C, 2 if the log directory cannot be written.
     """
-    from rich.progress import Progress
-
     options = parse_arguments(arguments)
     console = report_console()
     torch.set_num_threads(options.threads)
@@ -199,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.time()
     runs: dict[str, dict[str, RecordedSeries]] = {}
     try:
-        with Progress(console=console) as progress:
+        with progress_bar(console) as progress:
             for name, this_fault in (("clean", None), ("faulty", fault)):
                 task = progress.add_task(name, total=options.steps)
                 runs[name] = train(
@@ -216,8 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("Interrupted; both runs are needed for a comparison.")
         return 130
     except OSError as error:
-        print(f"attention_collapse: {error}", file=sys.stderr)
-        return 2
+        return fail("attention_collapse", error)
 
     pair = PairedRuns(**runs, fault_step=fault.step, fault_layer=f"blocks.{fault.block}.attention")
     facts = {
@@ -233,7 +221,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "learning_rate": LEARNING_RATE,
             "attention_every": options.attention_every,
         },
-        **provenance("cpu"),
     }
     json_path, figure_path = options.log_dir / "summary.json", options.log_dir / "attention_collapse.png"
     write_json(json_path, {**facts, **summary(pair)})

@@ -31,7 +31,6 @@ from experiments.command_line import (
     run_facts,
     write_json,
 )
-from experiments.provenance import provenance
 from probes.collective import slots_at_once
 from probes.rank_reduction import RankReduction
 from probes.record import Series, StepRecords, series_of
@@ -134,14 +133,7 @@ def bytes_per_record() -> float:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        The settings; argparse exits with status 2 on a bad one.
-    """
+    """Flags; argparse exits with status 2 on a bad one."""
     parser = experiment_parser("collective_scaling", __doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default all")
@@ -157,14 +149,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Count, simulate and report.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status 0.
-    """
+    """Count, simulate and report. Exit status 0."""
     from rich.table import Table
 
     options = parse_arguments(arguments)
@@ -220,11 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(f"A record of a head takes {per_record:.0f} bytes in JSON lines.")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "collective_scaling.json"
-    facts = run_facts("collective_scaling", arguments, started)
-    write_json(
-        path,
-        {"schema_version": 1, **facts, "bytes_per_record": per_record, "rows": rows, **provenance("cpu")},
-    )
+    facts = {"schema_version": 1, **run_facts("collective_scaling", arguments, started)}
+    write_json(path, {**facts, "bytes_per_record": per_record, "rows": rows})
     console.print(f"Written: {path}")
     return 0
 

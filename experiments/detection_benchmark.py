@@ -28,7 +28,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments.command_line import experiment_parser, positive_int, report_console, run_facts, write_json
+from experiments.command_line import (
+    add_threads,
+    experiment_parser,
+    fail,
+    progress_bar,
+    report_console,
+    run_facts,
+    write_json,
+)
 from experiments.detection_peers import installed_peers, peer_runs, peer_verdicts
 from experiments.detection_recording import Recording, record
 from experiments.detection_report import (
@@ -48,12 +56,10 @@ from experiments.detection_report import (
 )
 from experiments.detection_scoring import Verdict, departures
 from experiments.detection_suite import Half, Run, suite
-from experiments.provenance import provenance
 from stability.divergence import Detector, default_detectors
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
 DEFAULT_DIRECTORY = Path("runs/detection")
 VERDICT_LATENCY = 1  # a probe judges the numbers of a step when the next recorded step ends
@@ -62,14 +68,6 @@ VERDICT_LATENCY = 1  # a probe judges the numbers of a step when the next record
 def recording_path(directory: Path, run: Run) -> Path:
     """Where the recording of a run lies."""
     return directory / f"{run.name}.npz"
-
-
-def step_progress(console: Console) -> Progress:
-    """A bar with count and remaining time."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, speed_estimate_period=120)
 
 
 def record_half(half: Half, directory: Path, console: Console) -> None:
@@ -85,7 +83,7 @@ def record_half(half: Half, directory: Path, console: Console) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     missing = [run for run in suite(half) if not recording_path(directory, run).exists()]
-    with step_progress(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task(f"{len(missing)} runs, steps", total=sum(run.steps for run in missing))
         for run in missing:
             recording, _ = record(run)
@@ -177,7 +175,7 @@ def compare_peers(
     results = [result_of("stability-probes", judge({run: recordings[run] for run in runs}), when_lost)]
     packages, reasons = installed_peers()
     (directory / "peers").mkdir(exist_ok=True)
-    with step_progress(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("peers, runs", total=len(packages) * len(runs))
         for name, package in packages.items():
             verdicts = {}
@@ -204,14 +202,7 @@ def compare_peers(
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        The settings; argparse exits with status 2 on a bad one.
-    """
+    """Flags; argparse exits with status 2 on a bad one."""
     parser = experiment_parser("detection_benchmark", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_text, flag in (
@@ -228,7 +219,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             help=f"directory of the recordings (default {DEFAULT_DIRECTORY}/HALF)",
         )
         if name != "score":
-            command.add_argument("--threads", type=positive_int, default=1, help="CPU threads (default 1)")
+            add_threads(command)
             continue
         command.add_argument("--cases", action="store_true", help="list misses, wrong layers, false alarms")
         command.add_argument(
@@ -244,14 +235,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Record or score.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 130 after Ctrl-C, 2 if recordings cannot be written or read.
-    """
+    """Record or score. Exit status: 0, 130 after Ctrl-C, 2 if recordings cannot be written or read."""
     options = parse_arguments(arguments)
     console = report_console()
     if options.command != "score":
@@ -274,13 +258,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("Interrupted; the same command goes on where it stopped.")
         return 130
     except OSError as error:
-        print(f"detection_benchmark: {error}", file=sys.stderr)
-        return 2
+        return fail("detection_benchmark", error)
     return 0
 
 
 def _facts(arguments: Sequence[str] | None, started: float) -> dict[str, Any]:
-    return {"schema_version": 1, **run_facts("detection_benchmark", arguments, started), **provenance("cpu")}
+    return {"schema_version": 1, **run_facts("detection_benchmark", arguments, started)}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -32,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import probes
 from experiments.command_line import (
+    add_device,
     check_device,
     experiment_parser,
     positive_int,
@@ -39,19 +39,14 @@ from experiments.command_line import (
     run_facts,
     write_json,
 )
-from experiments.overhead_report import Overhead, overhead_table, paired_ratio
-from experiments.overhead_training import LEARNING_RATE, Training, token_trainings
-from experiments.provenance import provenance
-from experiments.token_transformer import TokenTransformerConfig
+from experiments.overhead_report import Kind, overhead_table, overheads
+from experiments.overhead_training import LEARNING_RATE, TOKEN_MODELS, Training, token_trainings
 
 DEFAULT_OUT = Path("runs/distributed-overhead")
 UNTIMED_STEPS = 11  # one of every kind: steps 0 and 10 are special
 BARE, SECOND, PROBED = "bare", "bare, a second copy", "probes, attention every 10th step"
-
-PRESETS = {
-    "160m-tokens": TokenTransformerConfig(max_tokens=8192, embed_dim=1024, num_layers=12, num_heads=16),
-    "tiny": TokenTransformerConfig(vocabulary=16, max_tokens=8, embed_dim=8, num_layers=2),
-}
+KINDS: dict[str, Kind] = {BARE: "bare", SECOND: "bare", PROBED: "ours"}
+PRESETS = ("160m-tokens", "tiny")
 
 
 def wrap_ddp(model: nn.Module, device: str) -> nn.Module:
@@ -77,13 +72,13 @@ def distributed_trainings(wrapping: str, preset: str, device: str) -> Callable[[
 
     Args:
         wrapping: A key of `WRAPPINGS`.
-        preset: A key of `PRESETS`.
+        preset: One of `PRESETS`.
         device: "cpu" or "cuda".
 
     Returns:
         A function that makes equal trainings.
     """
-    make_training = token_trainings(device, PRESETS[preset], batch_size=1)
+    make_training = token_trainings(device, TOKEN_MODELS[preset], batch_size=1)
 
     def make() -> Training:
         training = make_training()
@@ -141,7 +136,7 @@ def measure(wrapping: str, options: argparse.Namespace, scratch: Path) -> dict[s
     Returns:
         Name → seconds per turn, round by round.
     """
-    names = [BARE, SECOND, PROBED]
+    names = list(KINDS)
     make_training = distributed_trainings(wrapping, options.preset, options.device)
     trainings = {name: make_training() for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -156,14 +151,7 @@ def measure(wrapping: str, options: argparse.Namespace, scratch: Path) -> dict[s
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        The settings; argparse exits with status 2 on a bad one.
-    """
+    """Flags; argparse exits with status 2 on a bad one."""
     parser = experiment_parser("distributed_overhead", __doc__)
     add = parser.add_argument
     add(
@@ -172,7 +160,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default="160m-tokens",
         help="160m-tokens: language model with 160M parameters, 8,192 tokens a rank; tiny is for tests",
     )
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: NCCL and bfloat16; cpu: gloo")
+    add_device(parser, help_text="cuda: NCCL and bfloat16; cpu: gloo")
     add("--wrappings", nargs="+", choices=WRAPPINGS, default=list(WRAPPINGS), help="default both")
     add("--rounds", type=positive_int, default=5, help="turns of each configuration (default 5)")
     add("--steps-per-round", type=positive_int, default=40, help="timed steps of a turn (default 40)")
@@ -187,14 +175,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and report.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status 0.
-    """
+    """Measure and report. Exit status 0."""
     options = parse_arguments(arguments)
     started = time.time()
     torch.set_num_threads(1)
@@ -205,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             seconds = {name: measure(name, options, Path(scratch)) for name in options.wrappings}
         if dist.get_rank() == 0:
-            _report(seconds, options, run_facts("distributed_overhead", arguments, started))
+            _report(seconds, options, run_facts("distributed_overhead", arguments, started, options.device))
     finally:
         dist.destroy_process_group()
     return 0
@@ -217,22 +198,11 @@ def _report(
     options.out.mkdir(parents=True, exist_ok=True)
     console = report_console()
     num_ranks = dist.get_world_size()
-    overheads = {
-        wrapping: [
-            Overhead(
-                name,
-                "ours" if name == PROBED else "bare",
-                1e3 * float(np.median(turns)) / options.steps_per_round,
-                *paired_ratio(np.array(turns), np.array(of_wrapping[BARE])),
-            )
-            for name, turns in of_wrapping.items()
-        ]
-        for wrapping, of_wrapping in seconds.items()
-    }
-    for wrapping, measured in overheads.items():
+    measured = {name: overheads(turns, KINDS, options.steps_per_round) for name, turns in seconds.items()}
+    for wrapping, of_wrapping in measured.items():
         title = f"Cost of watching: {wrapping}, {options.preset}, {num_ranks} ranks, {options.device}"
         note = f"{options.rounds} rounds of {options.steps_per_round} steps."
-        console.print(overhead_table(measured, title, note))
+        console.print(overhead_table(of_wrapping, title, note))
     path = options.out / "distributed_overhead.json"
     content = {
         "schema_version": 1,
@@ -240,9 +210,8 @@ def _report(
         "ranks": num_ranks,
         "rounds": options.rounds,
         "steps_per_round": options.steps_per_round,
-        "overheads": {name: [asdict(o) for o in measured] for name, measured in overheads.items()},
+        "overheads": {name: [asdict(each) for each in found] for name, found in measured.items()},
         "seconds_per_turn": seconds,
-        **provenance(options.device),
     }
     write_json(path, content)
     console.print(f"Written: {path}")

@@ -25,7 +25,14 @@ from typing import Any, NamedTuple
 import torch
 
 from experiments.cell_pool import CellPool, real_pool, synthetic_pool
-from experiments.command_line import check_device, experiment_parser, positive_float, positive_int
+from experiments.command_line import (
+    add_device,
+    add_threads,
+    check_device,
+    experiment_parser,
+    fail,
+    positive_float,
+)
 from experiments.expression_values import ValueTask
 from experiments.gene_ranks import RankTask
 from experiments.provenance import provenance
@@ -167,14 +174,7 @@ def _sigterm_stops(training: ResumableTraining) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train one planned run, or a piece of it.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 2 for input that cannot be used.
-    """
+    """Train one planned run, or a piece of it. Exit status: 0, 2 for input that cannot be used."""
     parser = experiment_parser("long_run", __doc__)
     add_training_flags(parser)
     parser.add_argument("name", help="of a run in `python -m experiments.stress_plan`")
@@ -190,8 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config, cells=options.cells, work=options.work, device=options.device, minutes=options.minutes
         )
     except (OSError, ValueError) as error:
-        print(f"long_run: {error}", file=sys.stderr)
-        return 2
+        return fail("long_run", error)
     print(f"{config.name}: {'finished' if is_finished else 'to be continued by the same command'}")
     return 0
 
@@ -200,7 +199,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that a single run and the queue have in common."""
     add = parser.add_argument
     add("--preset", choices=SCALES, default="160m", help="160m is the plan; the others try it on a CPU")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    add_device(parser)
     add("--minutes", type=positive_float, default=9.0, help="training time of this call (default 9)")
     add("--cells", type=Path, default=DEFAULT_CELLS, help=f"prepared cells (default {DEFAULT_CELLS})")
     add(
@@ -211,7 +210,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "checkpoint of 160m takes 2 GB: it can be continued as long as its machine is held, and cannot be "
         "taken along",
     )
-    add("--threads", type=positive_int, default=1, help="CPU threads of a run (default 1)")
+    add_threads(parser, "CPU threads of a run (default 1)")
 
 
 if __name__ == "__main__":

@@ -27,38 +27,35 @@ from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from experiments.cell_transformer import MECHANISMS
 from experiments.command_line import (
+    add_device,
+    add_threads,
     check_device,
     experiment_parser,
+    fail,
     positive_int,
+    progress_bar,
     report_console,
     run_facts,
     write_json,
 )
 from experiments.overhead_contenders import BARE, Contender, contenders, missing_peers
-from experiments.overhead_report import Overhead, draw_figure, overhead_table, paired_ratio
-from experiments.overhead_training import Training, cell_trainings, token_trainings
-from experiments.provenance import provenance
-from experiments.token_transformer import TokenTransformerConfig
+from experiments.overhead_report import draw_figure, overhead_table, overheads
+from experiments.overhead_training import TOKEN_MODELS, Training, cell_trainings, token_trainings
 
 DEFAULT_OUT = Path("runs/overhead")
 DEFAULT_STEPS = 200  # the longest of the periods of probes.attach, a multiple of the others
 
 PRESETS: dict[str, Callable[[str, str], Callable[[], Training]]] = {
-    "small": lambda device, mechanism: token_trainings(device, TokenTransformerConfig()),
+    "small": lambda device, mechanism: token_trainings(device, TOKEN_MODELS["small"]),
     "160m": lambda device, mechanism: cell_trainings(device, "160m", 8192, mechanism),
     "160m-tokens": lambda device, mechanism: token_trainings(
-        device,
-        TokenTransformerConfig(max_tokens=8192, embed_dim=1024, num_layers=12, num_heads=16),
-        batch_size=1,
+        device, TOKEN_MODELS["160m-tokens"], batch_size=1
     ),
-    "tiny": lambda device, mechanism: token_trainings(
-        device, TokenTransformerConfig(vocabulary=16, max_tokens=8, embed_dim=8, num_layers=2)
-    ),
+    "tiny": lambda device, mechanism: token_trainings(device, TOKEN_MODELS["tiny"]),
     "tiny-cells": lambda device, mechanism: cell_trainings(device, "tiny", 32, mechanism),
 }
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -144,14 +141,7 @@ def measure(
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        The settings; argparse exits with status 2 on a bad one.
-    """
+    """Flags; argparse exits with status 2 on a bad one."""
     parser = experiment_parser("overhead_benchmark", __doc__)
     add = parser.add_argument
     add(
@@ -162,7 +152,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "160m-tokens: the same with 160M, 8,192 tokens; 160m: the stress test's model, 8,192 tokens; the "
         "tiny ones are for tests (default small)",
     )
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda trains under bfloat16 autocast")
+    add_device(parser, help_text="cuda trains under bfloat16 autocast")
     add("--mechanism", choices=MECHANISMS, default="softmax", help="attention of 160m (default softmax)")
     add("--contenders", nargs="+", metavar="PATTERN", help="only those, beside bare (default all)")
     add("--rounds", type=positive_int, default=20, help="turns of each configuration (default 20)")
@@ -178,7 +168,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default="wall",
         help="processor: time of the process on the CPU, which other programs disturb less (default wall)",
     )
-    add("--threads", type=positive_int, default=1, help="CPU threads (default 1)")
+    add_threads(parser)
     add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
     options = parser.parse_args(arguments)
     if options.mechanism != "softmax" and options.preset not in PRESETS_WITH_MECHANISMS:
@@ -190,26 +180,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and report.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 130 after Ctrl-C, 2 if nothing can be written to --out.
-    """
-    from rich.progress import Progress
-
+    """Measure and report. Exit status: 0, 130 after Ctrl-C, 2 if nothing can be written to --out."""
     options = parse_arguments(arguments)
     console = report_console()
     torch.set_num_threads(options.threads)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"overhead_benchmark: {error}", file=sys.stderr)
-        return 2
+        return fail("overhead_benchmark", error)
     started = time.time()
-    with tempfile.TemporaryDirectory() as scratch, Progress(console=console) as progress:
+    with tempfile.TemporaryDirectory() as scratch, progress_bar(console) as progress:
         competitors = [c for c in contenders(Path(scratch)) if c.name == BARE or _is_wanted(c.name, options)]
         task = progress.add_task("", total=(options.rounds + 1) * len(competitors))
         seconds, failed = measure(
@@ -226,16 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("Interrupted before the first round was complete; nothing is measured.")
         return 130
 
-    overheads = [
-        Overhead(
-            contender.name,
-            contender.kind,
-            1e3 * float(np.median(seconds[contender.name])) / options.steps_per_round,
-            *paired_ratio(np.array(seconds[contender.name]), np.array(seconds[BARE])),
-        )
-        for contender in competitors
-        if contender.name in seconds
-    ]
+    kinds = {contender.name: contender.kind for contender in competitors}
+    measured = overheads(seconds, kinds, options.steps_per_round)
     title = f"Cost of watching: {options.preset}, {options.mechanism}, {options.device}, {options.clock} time"
     note = f"{num_rounds} rounds of {options.steps_per_round} steps."
     if missing := missing_peers():
@@ -247,18 +219,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         json_path,
         {
             "schema_version": 1,
-            **run_facts("overhead_benchmark", arguments, started),
+            **run_facts("overhead_benchmark", arguments, started, options.device),
             "rounds": num_rounds,
             "steps_per_round": options.steps_per_round,
-            "overheads": [asdict(overhead) for overhead in overheads],
+            "overheads": [asdict(overhead) for overhead in measured],
             "missing_peers": missing,
             "failed_peers": failed,
             "seconds_per_turn": seconds,
-            **provenance(options.device),
         },
     )
-    draw_figure(figure_path, overheads, title)
-    console.print(overhead_table(overheads, title, note))
+    draw_figure(figure_path, measured, title)
+    console.print(overhead_table(measured, title, note))
     console.print(f"Written: {json_path}, {figure_path}")
     if num_rounds < options.rounds:
         console.print(f"Interrupted: {num_rounds} of {options.rounds} rounds measured.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NUM_RESAMPLES = 10_000
+Kind = Literal["bare", "ours", "peer"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Overhead:
     """
 
     name: str
-    kind: Literal["bare", "ours", "peer"]
+    kind: Kind
     milliseconds: float
     ratio: float
     low: float
@@ -60,6 +61,24 @@ def paired_ratio(seconds: np.ndarray, bare_seconds: np.ndarray, seed: int = 0) -
     medians = np.median(ratios[resamples], axis=1)
     low, high = np.quantile(medians, [0.025, 0.975])
     return float(np.median(ratios)), float(low), float(high)
+
+
+def overheads(
+    seconds: Mapping[str, Sequence[float]], kinds: Mapping[str, Kind], steps: int
+) -> list[Overhead]:
+    """The cost of every contender.
+
+    Args:
+        seconds: Contender → seconds per turn, round by round; bare training comes first.
+        kinds: Contender → its kind.
+        steps: Timed steps of a turn.
+    """
+    turns = {name: np.array(values) for name, values in seconds.items()}
+    bare = next(iter(turns.values()))
+    return [
+        Overhead(name, kinds[name], 1e3 * float(np.median(own)) / steps, *paired_ratio(own, bare))
+        for name, own in turns.items()
+    ]
 
 
 def overhead_table(overheads: Sequence[Overhead], title: str, note: str) -> Table:

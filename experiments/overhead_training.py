@@ -19,6 +19,12 @@ NUM_BATCHES = 16
 # Small enough that no configuration's training goes astray, whatever the number of rounds.
 LEARNING_RATE = 1e-4
 
+TOKEN_MODELS = {
+    "small": TokenTransformerConfig(),
+    "160m-tokens": TokenTransformerConfig(max_tokens=8192, embed_dim=1024, num_layers=12, num_heads=16),
+    "tiny": TokenTransformerConfig(vocabulary=16, max_tokens=8, embed_dim=8, num_layers=2),
+}
+
 
 @dataclass
 class Training:

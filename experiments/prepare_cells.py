@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.cells import Cells, read_cells
-from experiments.command_line import experiment_parser, positive_int
+from experiments.command_line import experiment_parser, fail, positive_int
 
 DEFAULT_DATA = Path("../shared/cells/deng_mouse_embryo.h5ad")
 # With these, 12 blocks of width 1,024 and the embeddings of either task stay below 162 million parameters.
@@ -125,14 +125,7 @@ def write_prepared(path: Path, cells: Cells, is_validation: NDArray[np.bool_]) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the file.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 2 for input that cannot be used.
-    """
+    """Write the file. Exit status: 0, 2 for input that cannot be used."""
     parser = experiment_parser("prepare_cells", __doc__)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"default {DEFAULT_DATA}")
     parser.add_argument("--genes", type=positive_int, default=NUM_GENES, help=f"default {NUM_GENES}")
@@ -147,8 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cells = commonest_genes(cells, is_validation, options.genes)
         write_prepared(options.out, cells, is_validation)
     except (OSError, ValueError, ImportError) as error:
-        print(f"prepare_cells: {error}", file=sys.stderr)
-        return 2
+        return fail("prepare_cells", error)
     print(
         f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, {len(cells)} cells of "
         f"{cells.source}, {is_validation.sum()} held out ({', '.join(np.unique(groups[is_validation]))}), "

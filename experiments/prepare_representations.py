@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from experiments.cell_splits import CellSplit, split_cells
 from experiments.cells import Cells, read_cells
-from experiments.command_line import experiment_parser
+from experiments.command_line import experiment_parser, fail
 from experiments.representation_data import (
     DATASETS,
     FOLDER,
@@ -110,14 +110,7 @@ def chosen_datasets(parser: argparse.ArgumentParser, options: argparse.Namespace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the file.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 2 for input that cannot be used.
-    """
+    """Write the file. Exit status: 0, 2 for input that cannot be used."""
     parser = experiment_parser("prepare_representations", __doc__)
     add_data_flags(parser)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default {DEFAULT_OUT}")
@@ -135,8 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         write_prepared(options.out, prepared)
     except (OSError, ValueError, ImportError) as error:
-        print(f"prepare_representations: {error}", file=sys.stderr)
-        return 2
+        return fail("prepare_representations", error)
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB.")
     return 0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.command_line import experiment_parser, positive_int
+from experiments.command_line import experiment_parser, fail, positive_int
 from experiments.run_records import RecordedRun
 from experiments.stress_ledger import read_runs
 from probes.record import Series, StepRecords
@@ -46,14 +46,7 @@ def write_events(run: RecordedRun, log_dir: Path, every: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the runs side by side.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 2 for input that cannot be used.
-    """
+    """Write the runs side by side. Exit status: 0, 2 for input that cannot be used."""
     parser = experiment_parser("records_to_tensorboard", __doc__)
     parser.add_argument("sources", nargs="+", type=Path, help="archives, files or folders of records")
     parser.add_argument("--out", type=Path, required=True, help="folder that gets one directory per run")
@@ -63,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, run in read_runs(options.sources).items():
             write_events(run, options.out / name, options.every)
     except (OSError, ValueError) as error:
-        print(f"records_to_tensorboard: {error}", file=sys.stderr)
-        return 2
+        return fail("records_to_tensorboard", error)
     print(f"Written: {options.out}. make tensorboard RUNS={options.out}")
     return 0
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -13,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.embedding_metrics import embedding_metrics
-from experiments.run_records import RecordedRun, read_run
+from experiments.run_records import RecordedRun, read_run, run_files
 
 # Attention statistics of a run are means over so many steps up to the one whose weights were kept.
 _WINDOW = 100
@@ -85,7 +83,7 @@ def read_raw(paths: Sequence[Path]) -> list[RawRun]:
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"Expected runs (.npz), archives (.zip) or a folder of them at {path}.")
-        for file in _files(path):
+        for _, file in run_files(path):
             run = _read(file)
             runs[run.config["name"]] = run
     if not runs:
@@ -144,18 +142,6 @@ def attention_statistics(run: RawRun) -> dict[str, float]:
         if values and sum(map(len, values)):
             found[quantity] = float(np.concatenate(values).mean(dtype=np.float64))
     return found
-
-
-def _files(path: Path) -> Iterator[IO[bytes]]:
-    if path.is_dir():
-        for entry in sorted([*path.glob("*.npz"), *path.glob("*.zip")]):
-            yield from _files(entry)
-    elif path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                yield io.BytesIO(archive.read(name))
-    else:
-        yield io.BytesIO(path.read_bytes())
 
 
 def _read(file: IO[bytes]) -> RawRun:

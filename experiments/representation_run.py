@@ -22,7 +22,14 @@ import torch
 
 from experiments.cell_pool import CellPool
 from experiments.cell_transformer import MECHANISMS
-from experiments.command_line import check_device, experiment_parser, positive_float, positive_int
+from experiments.command_line import (
+    add_device,
+    add_threads,
+    check_device,
+    experiment_parser,
+    fail,
+    positive_float,
+)
 from experiments.length_batches import LengthAwareRankTask
 from experiments.long_run import RunPaths
 from experiments.prepare_representations import DEFAULT_OUT
@@ -126,7 +133,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that a single run and all of them have in common."""
     add = parser.add_argument
     add("--preset", choices=SCALES, default="full", help="laptop ends in minutes (default full, the plan)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    add_device(parser)
     add("--minutes", type=positive_float, default=9.0, help="time for training of this call (default 9)")
     add(
         "--work",
@@ -134,18 +141,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_WORK,
         help=f"checkpoints and the runs' files (default {DEFAULT_WORK}); what is there is continued",
     )
-    add("--threads", type=positive_int, default=1, help="CPU threads of a run (default 1)")
+    add_threads(parser, "CPU threads of a run (default 1)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train one run, or a piece of it.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 2 for input that cannot be used.
-    """
+    """Train one run, or a piece of it. Exit status: 0, 2 for input that cannot be used."""
     parser = experiment_parser("representation_run", __doc__)
     add_training_flags(parser)
     add = parser.add_argument
@@ -174,8 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             minutes=options.minutes,
         )
     except (OSError, ValueError) as error:
-        print(f"representation_run: {error}", file=sys.stderr)
-        return 2
+        return fail("representation_run", error)
     print(f"{config.name}: {'finished' if is_finished else 'to be continued by the same command'}")
     return 0
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.command_line import check_device, experiment_parser, positive_int
+from experiments.command_line import check_device, experiment_parser, fail, positive_int
 from experiments.long_run import RunPaths, finished_facts
 from experiments.prepare_representations import add_data_flags, chosen_datasets, prepare
 from experiments.representation_data import (
@@ -197,14 +197,7 @@ def write_baseline(prepared: Path, dataset: str, work: Path) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, with the data sets as `chosen`.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        The settings; argparse exits with status 2 on a bad one.
-    """
+    """The command line, with the data sets as `chosen`; argparse exits with status 2 on a bad one."""
     parser = experiment_parser("representations", __doc__)
     add_training_flags(parser)
     add_data_flags(parser)
@@ -223,11 +216,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train for one call and write its results.
 
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 1 if a run failed, 2 for input that cannot be used.
+    Exit status: 0, 1 if a run failed, 2 for input that cannot be used.
     """
     options = parse_arguments(arguments)
     began = time.time()
@@ -241,8 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = Plan(options.preset, list(options.prepared), options.seeds)
         queue = Queue(plan, options, began=began, num_gpus=num_gpus)
     except (OSError, ValueError, ImportError) as error:
-        print(f"representations: {error}", file=sys.stderr)
-        return 2
+        return fail("representations", error)
     queue.work()
     finished = [config for config in plan.known(options.work) if finished_facts(config, options.work)]
     print(f"{len(finished)} of {plan.size} runs are finished; archives in {options.out}.")

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from experiments.command_line import experiment_parser, run_facts, write_json
+from experiments.command_line import experiment_parser, fail, run_facts, write_json
 from experiments.paired_comparison import overall
-from experiments.provenance import provenance
 from experiments.representation_figures import draw_differences, draw_embeddings
 from experiments.representation_findings import (
     PRIMARY,
@@ -32,14 +31,7 @@ from experiments.representation_tables import markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Judge the runs and write the report.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 2 for input that cannot be used.
-    """
+    """Judge the runs and write the report. Exit status: 0, 2 for input that cannot be used."""
     parser = experiment_parser("representations_report", __doc__)
     parser.add_argument("raw", nargs="+", type=Path, help="runs, archives, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -52,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("Expected finished runs with embeddings; these have only tried learning rates.")
         options.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        print(f"representations_report: {error}", file=sys.stderr)
-        return 2
+        return fail("representations_report", error)
     controls = {run.config["dataset"] for run in runs if run.facts.get("is_control")}
     comparisons = compare_all(judged, controls)
     page = markdown(judged, runs, comparisons, controls)
@@ -79,7 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "attention": attention_relations(judged),
             "judged": [asdict(each) for each in judged],
             "runs": [{key: value for key, value in run.facts.items() if key != "versions"} for run in runs],
-            **provenance("cpu"),
         },
     )
     draw_differences(options.out / "differences.png", {PRIMARY[m]: comparisons[m] for m in PRIMARY})

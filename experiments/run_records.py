@@ -5,9 +5,11 @@ A long table of (step, series, value) in float32: of 160 million parameters, 1,5
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -162,6 +164,33 @@ def read_run(file: Path | IO[bytes]) -> RecordedRun:
         alerts=json.loads(str(arrays["alerts"])),
         series=dict(zip(names, columns, strict=True)) if names else {},
     )
+
+
+def run_files(source: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """The files of runs in a place.
+
+    Args:
+        source: A file, a .zip archive of them, or a folder with either.
+
+    Yields:
+        Where a file is, for messages; its content.
+
+    Raises:
+        OSError: It is not there, or cannot be read.
+        ValueError: An archive is damaged.
+    """
+    if source.is_dir():
+        for entry in sorted([*source.glob("*.npz"), *source.glob("*.zip")]):
+            yield from run_files(entry)
+    elif source.suffix == ".zip":
+        try:
+            with zipfile.ZipFile(source) as archive:
+                for name in archive.namelist():
+                    yield f"{name} in {source}", io.BytesIO(archive.read(name))
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{source} is no archive, or not all of one ({error}). Leave it out.") from error
+    else:
+        yield str(source), io.BytesIO(source.read_bytes())
 
 
 def read_facts(path: Path) -> dict[str, Any]:

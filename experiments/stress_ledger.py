@@ -8,19 +8,17 @@ there several times, in pieces, the longest is taken. Definitions: `experiments/
 
 from __future__ import annotations
 
-import io
 import json
 import sys
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.command_line import experiment_parser, write_json
-from experiments.run_records import RecordedRun, read_run
+from experiments.command_line import experiment_parser, fail, write_json
+from experiments.run_records import RecordedRun, read_run, run_files
 from experiments.sustained_explosion import LongJudgement, judge_long_run
 
 if TYPE_CHECKING:
@@ -51,11 +49,15 @@ def read_runs(sources: Sequence[Path]) -> dict[str, RecordedRun]:
         The longest of each name, in order of names.
 
     Raises:
-        FileNotFoundError: There is nothing of the kind.
+        FileNotFoundError: A source is not there, or there are no runs in any.
         ValueError: A file cannot be read.
     """
     runs: dict[str, RecordedRun] = {}
-    for run in _each_run(sources):
+    for place, file in (found for source in sources for found in run_files(source)):
+        try:
+            run = read_run(file)
+        except ValueError as error:
+            raise ValueError(f"{place} cannot be read. {error} Leave it out.") from error
         name = run.facts["config"]["name"]
         if name not in runs or run.facts["steps"] >= runs[name].facts["steps"]:
             runs[name] = run
@@ -65,33 +67,6 @@ def read_runs(sources: Sequence[Path]) -> dict[str, RecordedRun]:
             "there are none. `python -m experiments.stress_queue` writes them."
         )
     return dict(sorted(runs.items()))
-
-
-def _each_run(sources: Sequence[Path]) -> Iterator[RecordedRun]:
-    for source in sources:
-        if source.is_dir():
-            yield from _each_run(sorted([*source.glob("*.zip"), *source.glob("*.npz")]))
-        elif source.suffix == ".zip":
-            for name, content in _members(source):
-                yield _read(content, f"{name} in {source}")
-        elif source.exists():
-            yield _read(source, str(source))
-
-
-def _members(archive: Path) -> Iterator[tuple[str, io.BytesIO]]:
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            for name in opened.namelist():
-                yield name, io.BytesIO(opened.read(name))
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{archive} is no archive, or not all of one ({error}). Leave it out.") from error
-
-
-def _read(file: Path | IO[bytes], name: str) -> RecordedRun:
-    try:
-        return read_run(file)
-    except ValueError as error:
-        raise ValueError(f"{name} cannot be read. {error} Leave it out.") from error
 
 
 def markdown_table(runs: dict[str, RecordedRun], judgements: dict[str, LongJudgement]) -> str:
@@ -290,14 +265,7 @@ def write_ledger(sources: Sequence[Path], out: Path, softmax_run: str | None = N
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the ledger.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 2 for input that cannot be used.
-    """
+    """Write the ledger. Exit status: 0, 2 for input that cannot be used."""
     parser = experiment_parser("stress_ledger", __doc__)
     parser.add_argument("sources", nargs="+", type=Path, help="archives, files or folders of records")
     parser.add_argument("--out", type=Path, required=True, help="folder of table, JSON and figure")
@@ -306,8 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(write_ledger(options.sources, options.out, options.figure), end="")
     except (OSError, ValueError) as error:
-        print(f"stress_ledger: {error}", file=sys.stderr)
-        return 2
+        return fail("stress_ledger", error)
     return 0
 
 

@@ -309,14 +309,7 @@ def expected_minutes(questions: Sequence[Question], num_gpus: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the plan.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status 0.
-    """
+    """Print the plan. Exit status 0."""
     parser = experiment_parser("stress_plan", __doc__)
     parser.add_argument(
         "--gpus", type=positive_int, default=NUM_GPUS, help=f"of the machine (default {NUM_GPUS})"

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from experiments.command_line import check_device, experiment_parser, positive_float, positive_int
+from experiments.command_line import check_device, experiment_parser, fail, positive_float, positive_int
 from experiments.long_run import RunPaths, add_training_flags, finished_facts
 from experiments.run_config import RunConfig
 from experiments.run_records import read_facts
@@ -154,11 +154,7 @@ class Queue:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train for one call and write its results.
 
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 1 if a run failed, 2 for input that cannot be used.
+    Exit status: 0, 1 if a run failed, 2 for input that cannot be used.
     """
     options = parse_arguments(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -167,13 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"stress_queue: another queue works in {options.work}; wait for its end", file=sys.stderr)
-            return 2
+            return fail("stress_queue", f"another queue works in {options.work}; wait for its end")
         try:
             return _work(options)
         except (OSError, ValueError) as error:
-            print(f"stress_queue: {error}", file=sys.stderr)
-            return 2
+            return fail("stress_queue", error)
 
 
 def _work(options: argparse.Namespace) -> int:
@@ -235,14 +229,7 @@ def _sigterm_exits() -> Iterator[None]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, with the chosen runs as `planned`.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        The settings; argparse exits with status 2 on a bad one.
-    """
+    """The command line, with the chosen runs as `planned`; argparse exits with status 2 on a bad one."""
     parser = experiment_parser("stress_queue", __doc__)
     add_training_flags(parser)
     add = parser.add_argument

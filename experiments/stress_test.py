@@ -32,15 +32,18 @@ from experiments import stress_queue
 from experiments.cell_transformer import MECHANISMS, CellTransformer, CellTransformerConfig
 from experiments.cells import Cells, pbmc68k, read_cells, synthetic_cells
 from experiments.command_line import (
+    add_device,
+    add_threads,
     check_device,
     experiment_parser,
+    fail,
     positive_float,
     positive_int,
+    progress_bar,
     report_console,
     run_facts,
 )
 from experiments.explosion import Run, judge
-from experiments.provenance import provenance
 from experiments.stress_report import conclusion, draw_figure, summary_table, write_json
 from experiments.stress_run import TrainingSettings, train
 
@@ -81,18 +84,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags, with the preset's values where none is given.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        The settings; argparse exits with status 2 on a bad one.
-    """
+    """Flags, with the preset's values where none is given; argparse exits with status 2 on a bad one."""
     parser = experiment_parser("stress_test", __doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="laptop", help="model size and defaults of the flags below")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda trains under bfloat16 autocast")
+    add_device(parser, help_text="cuda trains under bfloat16 autocast")
     add("--data", help="pbmc68k (needs scanpy), synthetic, or an .h5ad file with counts or logged counts")
     add("--mechanisms", nargs="+", choices=MECHANISMS, default=list(MECHANISMS), help="what to compare")
     add("--learning-rates", nargs="+", type=positive_float, help="the ladder, reported rung by rung")
@@ -104,11 +100,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--expressed-only", action="store_true", help="do not fill short cells up with unexpressed genes")
     add("--norm-position", choices=["pre", "post"], help="layer norm before or after each sublayer")
     add("--warmup-steps", type=int, default=0, help="linear learning-rate warm-up (default none)")
-    add(
-        "--threads",
-        type=positive_int,
-        default=1,
-        help="CPU threads (default 1: at laptop size a second gains little, and stalls on a busy machine)",
+    add_threads(
+        parser, "CPU threads (default 1: at laptop size a second gains little, and stalls on a busy machine)"
     )
     add(
         "--resume",
@@ -148,17 +141,7 @@ def load_cells(source: str, *, tokens: int) -> Cells:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stress test.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 130 after Ctrl-C, 2 for input that cannot be used.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as RemainingColumn
-
+    """Run the stress test. Exit status: 0, 130 after Ctrl-C, 2 for input that cannot be used."""
     options = parse_arguments(arguments)
     if options.resume is not None:
         shared = {"preset": options.preset, "device": options.device, "threads": options.threads}
@@ -170,8 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cells = load_cells(options.data, tokens=options.tokens)
         options.log_dir.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError, ImportError) as error:
-        print(f"stress_test: {error}", file=sys.stderr)
-        return 2
+        return fail("stress_test", error)
 
     # One model of each mechanism at a time; they differ in nothing but the attention function.
     configs = {
@@ -210,18 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     runs: list[Run] = []
     started = time.time()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps, elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("remaining"),
-        RemainingColumn(),
-    )
     is_interrupted = False
     try:
-        with Progress(*columns, console=console) as progress:
+        with progress_bar(console) as progress:
             task = progress.add_task("", total=len(plan) * options.steps)
             for number, (rate, seed, mechanism) in enumerate(plan):
                 name = f"{mechanism}, rate {rate:g}, seed {seed}"
@@ -250,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     judgements = judge(runs)
     facts = {
-        **run_facts("stress_test", arguments, started),
+        **run_facts("stress_test", arguments, started, options.device),
         "is_interrupted": is_interrupted,
         "cells": {"source": cells.source, "cells": len(cells), "genes": len(cells.genes)},
         "config": {
@@ -261,7 +234,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "seeds": options.seeds,
         },
         "parameters": parameter_counts,
-        **provenance(options.device),
     }
     json_path, figure_path = options.log_dir / "summary.json", options.log_dir / "gradient_norms.png"
     write_json(json_path, runs, judgements, facts)

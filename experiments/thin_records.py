@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.command_line import experiment_parser, positive_int
+from experiments.command_line import experiment_parser, fail, positive_int
 from experiments.run_records import RecordedRun, write_run_to
 from experiments.stress_ledger import read_runs
 from probes.record import ALL_LAYERS
@@ -50,14 +50,7 @@ def _rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write one archive.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 2 for input that cannot be used.
-    """
+    """Write one archive. Exit status: 0, 2 for input that cannot be used."""
     parser = experiment_parser("thin_records", __doc__)
     parser.add_argument("sources", nargs="+", type=Path, help="archives, files or folders of records")
     parser.add_argument("--out", type=Path, required=True, help="the .zip archive to write")
@@ -72,8 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 write_run_to(content, thinned(run, options.every))
                 archive.writestr(zipfile.ZipInfo(f"{name}.npz"), content.getvalue())
     except (OSError, ValueError) as error:
-        print(f"thin_records: {error}", file=sys.stderr)
-        return 2
+        return fail("thin_records", error)
     print(f"Written: {options.out}, {len(runs)} runs, {options.out.stat().st_size / 1e6:.1f} MB.")
     return 0
 

@@ -15,7 +15,6 @@ Writes `training_speed.json` after each case and `training_speed.md` below --out
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,16 +26,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.attention_benchmark import measure, time_turn
+from experiments.attention_benchmark import measure, time_rounds
 from experiments.attention_contenders import Case, Contender, Inputs, passes
 from experiments.command_line import (
+    add_device,
     check_device,
     experiment_parser,
+    fail,
     positive_int,
     run_facts,
     write_json,
 )
-from experiments.provenance import provenance
 from experiments.training_speed_contenders import Mode, SharedTraining, speed_contenders
 from experiments.training_speed_report import Speed, markdown, ratios
 
@@ -116,7 +116,7 @@ def measure_case(
             continue
         found.append(contender)
         functions[contender.name], attention[contender.name] = step, own
-    turns = _turns(functions, rounds=rounds, steps=steps, device=device)
+    turns = time_rounds(functions, dict.fromkeys(functions, steps), rounds=rounds, device=device)
     alone = measure(attention, rounds=max(3, rounds // 2), turn_ms=20.0, device=device)
     tokens = sum(case.lengths or [case.tokens] * case.batch)
     speeds = []
@@ -133,18 +133,11 @@ def measure_case(
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags, with the chosen cases as `chosen`.
-
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        The settings; argparse exits with status 2 on a bad one.
-    """
+    """Flags, with the chosen cases as `chosen`; argparse exits with status 2 on a bad one."""
     parser = experiment_parser("training_speed", __doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="160m", help="tiny is for tests (default 160m)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    add_device(parser)
     add("--cases", nargs="+", metavar="PATTERN", default=["*"], help='such as "eager*" (default all)')
     add("--rounds", type=positive_int, default=7, help="turns of each contender (default 7)")
     add("--steps", type=positive_int, default=2, help="training steps of a turn (default 2)")
@@ -166,11 +159,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and report.
 
-    Args:
-        arguments: Command line without the program name; None reads `sys.argv`.
-
-    Returns:
-        Exit status: 0, 1 if sigmoid failed in a case, 2 if nothing can be written to --out.
+    Exit status: 0, 1 if sigmoid failed in a case, 2 if nothing can be written to --out.
     """
     options = parse_arguments(arguments)
     started = time.time()
@@ -200,36 +189,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.out / "training_speed.json",
                 {
                     "schema_version": 1,
-                    **run_facts("training_speed", arguments, started),
+                    **run_facts("training_speed", arguments, started, options.device),
                     "rounds": options.rounds,
                     "steps": options.steps,
                     "results": results,
-                    **provenance(options.device),
                 },
             )
             (options.out / "training_speed.md").write_text(markdown(results), encoding="utf-8")
     except OSError as error:
-        print(f"training_speed: {error}", file=sys.stderr)
-        return 2
+        return fail("training_speed", error)
     print(markdown(results))
     for result in results:
         for name, reason in result["failed"].items():
             print(f"Failed: {result['case']}, {name}: {reason}")
     return int(any(name.startswith("sigmoid") for result in results for name in result["failed"]))
-
-
-def _turns(
-    functions: dict[str, Callable[[], None]], *, rounds: int, steps: int, device: str
-) -> dict[str, list[float]]:
-    """Milliseconds a step of each, round by round."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
-    shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(names)  # a fixed order would give each the clock that the one before it left behind
-        for name in names:
-            times[name].append(time_turn(functions[name], steps, device))
-    return times
 
 
 if __name__ == "__main__":

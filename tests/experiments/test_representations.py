@@ -213,6 +213,12 @@ def test_reports_without_runs(tmp_path, capsys, content, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_damaged_archive_is_named(tmp_path, capsys):
+    (tmp_path / "runs.zip").write_bytes(b"not an archive")
+    assert report([str(tmp_path), "--out", str(tmp_path / "report")]) == 2
+    assert f"{tmp_path / 'runs.zip'} is no archive" in capsys.readouterr().err
+
+
 def test_reports_of_several_presets(work, tmp_path, capsys):
     source = work / f"tiny-{NAME}-softmax-seed0.npz"
     with np.load(source) as content:

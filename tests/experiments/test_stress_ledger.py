@@ -120,6 +120,12 @@ def test_the_figure_is_of_a_pair_with_a_healthy_baseline(tmp_path):
     assert softmax.facts["config"]["name"] == "lead-softmax-seed0"
 
 
+def test_a_missing_source_is_named_though_others_are_there(tmp_path, capsys):
+    write(tmp_path, "lead-softmax-seed0", "softmax", 400)
+    assert main([str(tmp_path), str(tmp_path / "nothing.npz"), "--out", str(tmp_path / "out")]) == 2
+    assert "nothing.npz" in capsys.readouterr().err
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path, capsys):
     whole = write(tmp_path, "lead-softmax-seed0", "softmax", 400)
     broken = {"part.zip": whole.read_bytes()[:1000], "part.npz": whole.read_bytes()[:1000]}
