@@ -279,7 +279,7 @@ def _check_model(model: object) -> None:
             )
     if next(model.parameters(), None) is None:
         raise ValueError(f"`model` must have parameters to watch; {type(model).__name__} has none.")
-    if model in _open_probes:
+    if unwrapped(model) in _open_probes:
         raise ValueError("`model` is watched already; close its probe first: probe.close().")
 
 

@@ -139,7 +139,7 @@ def join_ranks(
     model = unwrapped(wrapper)
     group = process_group or dist.group.WORLD
     assert group is not None  # initialized
-    if group.rank() < 0:
+    if dist.get_rank(group) < 0:  # new_group gives those outside a number
         raise ValueError("`process_group` must contain this process; give each process a group of its own.")
     _check_sharding(model, group.size(), bool(schedule.layer_jacobians))
     rank = dist.get_rank()

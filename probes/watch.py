@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
@@ -13,8 +12,8 @@ from torch.optim import Optimizer
 from probes.activations import Activations
 from probes.attention_calls import AttentionCalls
 from probes.compiled_layers import CompiledLayers, What
-from probes.failures import ProbeWarning
 from probes.grad_scaler import observe_grad_scaler
+from probes.guard import GRADIENTS, UPDATES, WEIGHTS, Guard, outputs_of
 from probes.layer_jacobians import measure_layer_jacobian
 from probes.layers import activation_layers, outermost_blocks, parameter_layers
 from probes.optimizer_state import OptimizerState
@@ -45,7 +44,6 @@ class Watch:
         after_step: Called with a step that has ended and its measurements; may raise.
 
     Attributes:
-        step: Steps that have ended.
         attention: The attention calls.
         pending: Measurements of the step under way.
     """
@@ -63,8 +61,8 @@ class Watch:
         before_step_ends: Callable[[], None],
         after_step: Callable[[int, Pending], None],
     ) -> None:
-        self.step = 0
         self.pending = Pending()
+        self._guard = Guard(self.pending)
         self._optimizers = tuple(optimizers)
         self._schedule = schedule
         self._before_step_ends = before_step_ends
@@ -96,10 +94,14 @@ class Watch:
         self._scaled_optimizer: Optimizer | None = None  # which a GradScaler is about to step, or not
         self._jacobians_measured: set[str] = set()
         self._is_measuring_jacobian = False
-        self._failed: set[str] = set()
         self._module_hooks = ExitStack()
         self._are_modules_hooked = False
         self._is_released = False
+
+    @property
+    def step(self) -> int:
+        """Steps that have ended."""
+        return self._guard.step
 
     def install(self, handles: ExitStack) -> None:
         """Hooks everything; ends when ``handles`` closes."""
@@ -117,7 +119,7 @@ class Watch:
 
     def begin_step(self, step: int) -> None:
         """Decides what the step that begins now records."""
-        self.step = step
+        self._guard.step = step
         schedule = self._schedule
         self._is_recorded = is_due(step, schedule.gradients)
         self._is_detailed = is_due(step, schedule.details)
@@ -147,19 +149,19 @@ class Watch:
     def measure_gradients(self) -> None:
         """Measures gradients and weights of all parameters, where no optimizer says when."""
         if self._is_recorded or self._is_detailed:
-            self._guard("gradients", self._measure_gradients, self._layer_of, None)
-            self._guard("weights", self._measure_weights, self._layer_of, has_closure=False)
+            self._measure_gradients(self._layer_of, None)
+            self._guard(WEIGHTS, self._measure_weights, self._layer_of, has_closure=False)
 
     def _say_what_was_missed(self) -> None:
         if self._measured_layers and self.pending.has("grad_norm") and not self._is_forward_seen:
-            self._warn_once(
+            self._guard.warn_once(
                 "forward passes",
                 f"no forward pass of the model was seen in step {self.step}. A model that is called by its "
                 "`forward` method, or compiled by a torch before 2.13, shows gradients and weights only; "
                 "call the model itself.",
             )
         if self._is_jacobian_due and self.attention.is_compiled and not self._jacobians_measured:
-            self._warn_once(
+            self._guard.warn_once(
                 "layer Jacobians",
                 "layer Jacobians are not measured in compiled code: torch.func cannot run a layer that is "
                 "part of a graph. Leave `layer_jacobian_every` out, or the model uncompiled.",
@@ -198,7 +200,7 @@ class Watch:
         if self._is_measuring_jacobian or not torch.is_grad_enabled() or output is None:
             return
         if name in self._measured_layers:
-            self._guard(f"outputs of {name}", self._activations.see_output, name, output)
+            self._guard(outputs_of(name), self._activations.see_output, name, output)
         if self._sees_attention:
             self.attention.end_module(name)
         if (
@@ -217,16 +219,16 @@ class Watch:
 
     def _see_first_gradient(self, gradient: Tensor) -> None:
         if self._is_recorded:
-            self._guard("gradients", self._activations.measure_gradient, gradient, [FIRST_GRADIENT_NORM])
+            self._activations.measure_gradient(gradient, [FIRST_GRADIENT_NORM])
 
     def _see_compiled(self, what: What, layer: str, call: int, tensor: Tensor) -> None:
         self._is_forward_seen = True
         if layer not in self._measured_layers:
             return
         if what != "output":
-            self._guard("gradients", self._measure_compiled_gradient, what, layer, call, tensor)
+            self._measure_compiled_gradient(what, layer, call, tensor)
         elif not in_backward():  # activation checkpointing runs the layer again
-            self._guard(f"outputs of {layer}", self._activations.measure_output, layer, call, tensor)
+            self._activations.measure_output(layer, call, tensor)
 
     def _measure_compiled_gradient(self, what: What, layer: str, call: int, gradient: Tensor) -> None:
         if what == "gradient at input":
@@ -249,7 +251,7 @@ class Watch:
             return  # its own hook has seen the step, or it is somebody else's
         self._scaled_optimizer = None
         if self._is_measured(optimizer):
-            self._guard("gradients", self._measure_gradients, _parameters(optimizer), None)
+            self._measure_gradients(_parameters(optimizer), None)
         self.pending.add_number(SKIPPED_STEP, 1.0)
         self._finish(optimizer)
 
@@ -270,10 +272,10 @@ class Watch:
         if not has_closure:
             # A GradScaler leaves unscaling to optimizers that are fused.
             grad_scale = getattr(optimizer, "grad_scale", None)
-            self._guard("gradients", self._measure_gradients, _parameters(optimizer), grad_scale)
-        self._guard("weights", self._measure_weights, _parameters(optimizer), has_closure=has_closure)
+            self._measure_gradients(_parameters(optimizer), grad_scale)
+        self._guard(WEIGHTS, self._measure_weights, _parameters(optimizer), has_closure=has_closure)
         if self._is_detailed:
-            self._guard("updates", self._optimizer_state.before, optimizer, has_closure=has_closure)
+            self._guard(UPDATES, self._optimizer_state.before, optimizer, has_closure=has_closure)
 
     def _after_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         has_closure = _has_closure(args, kwargs)
@@ -281,9 +283,10 @@ class Watch:
             self._check_before_end(optimizer)
         if self._is_measured(optimizer):
             if has_closure:  # the closure has just computed the gradients
-                self._guard("gradients", self._measure_gradients, _parameters(optimizer), None)
+                self._measure_gradients(_parameters(optimizer), None)
             if self._is_detailed:
-                self._guard("updates", self._optimizer_state.after, self.pending, optimizer)
+                gradients = self._parts_of_gradients(_parameters(optimizer))
+                self._guard(UPDATES, self._optimizer_state.after, self.pending, optimizer, gradients)
         self._finish(optimizer)
 
     def _check_before_end(self, optimizer: Optimizer) -> None:
@@ -296,15 +299,26 @@ class Watch:
             self.end_step()
 
     def _measure_gradients(self, parameters: Iterable[Tensor], grad_scale: Tensor | None) -> None:
-        measure_gradients(
+        self._guard(
+            GRADIENTS,
+            measure_gradients,
             self.pending,
             self._layer_of,
             self._selected,
-            parameters,
+            self._parts_of_gradients(parameters),
             grad_scale,
             sharding=self._sharding,
             is_detailed=self._is_detailed,
         )
+
+    @torch.no_grad()
+    def _parts_of_gradients(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+        """This rank's part of each gradient. Ranks may communicate here: no failure keeps one from it."""
+        return {
+            parameter: self._sharding.part(parameter.grad)
+            for parameter in parameters
+            if parameter.grad is not None and parameter in self._layer_of
+        }
 
     def _measure_weights(self, parameters: Iterable[Tensor], *, has_closure: bool) -> None:
         measure_weights(
@@ -319,23 +333,6 @@ class Watch:
     def _is_measured(self, optimizer: Optimizer) -> bool:
         """Of an optimizer that steps several times before the others do (a critic), the first step counts."""
         return (self._is_recorded or self._is_detailed) and optimizer not in self._stepped
-
-    def _guard(self, what: str, measure: Callable[..., None], *arguments: object, **options: object) -> None:
-        """Runs a measurement; one that fails is given up with a warning, the training goes on."""
-        if what in self._failed:
-            return
-        try:
-            measure(*arguments, **options)
-        except Exception as error:
-            self._warn_once(
-                what,
-                f"measuring {what} failed at step {self.step} and is given up; training goes on: {error!r}",
-            )
-
-    def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._failed:
-            self._failed.add(what)
-            warnings.warn(message, ProbeWarning, stacklevel=3)
 
 
 def _has_closure(args: tuple, kwargs: dict) -> bool:

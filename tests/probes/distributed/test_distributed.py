@@ -37,6 +37,10 @@ OF_TWO = [
     "sequence_parallel",
     "uneven",
     "no_sync",
+    "growing_accumulation",
+    "different_lengths",
+    "gives_up",
+    "sequence_parallel_gives_up",
     "grad_scaler",
     "fsdp_with_grad_scaler",
     "one_group_each",
@@ -159,6 +163,43 @@ class TestNumbers:
                 optimizer.zero_grad()
         assert_close(rows(of_two, 2, "no_sync"), as_rows(probe))
 
+    def test_with_more_accumulated_gradients_from_some_step_on(self, of_two: Path) -> None:
+        trained = model()
+        optimizer = adamw(trained)
+        with probes.attach(trained, optimizer, **EVERYTHING) as probe:
+            for step in range(5):
+                count = 1 if step < 2 else 2
+                for index in range(count):
+                    of_ranks = [whole.chunk(count)[index] for whole in batch(step).chunk(2)]
+                    (mean_square(trained(torch.cat(of_ranks))) / count).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_close(rows(of_two, 2, "growing_accumulation"), as_rows(probe))
+
+    def test_means_over_sampled_rows_and_all_rows_are_weighted_by_rows(self, of_two: Path) -> None:
+        first, second = results(of_two, 2, "different_lengths")
+        assert first["joined"] == second["joined"]
+        name = "0 attention/entropy/blocks.0 None"
+        (sampled, error, kind), (whole, _, other_kind) = first["own"][name], second["own"][name]
+        assert (kind, other_kind) == ("estimate", "exact")
+        joined, joined_error, joined_kind = first["joined"][name]
+        assert joined == pytest.approx((100 * sampled + 4 * whole) / 104)
+        assert joined_error == pytest.approx(100 * error / 104)
+        assert joined_kind == "estimate"
+
+    def test_what_one_rank_gives_up_is_recorded_of_none(self, of_two: Path) -> None:
+        of_run = rows(of_two, 2, "gives_up")
+        assert {f"{step} weight_norm/embed None" for step in range(6)} <= of_run.keys()
+        for quantity in ("grad_norm/(all)", "grad_norm/embed", "activation_grad_norm/blocks.0"):
+            steps = [step for step in range(6) if f"{step} {quantity} None" in of_run]
+            assert steps == [0, 1], quantity
+
+    def test_a_rank_that_gives_up_takes_part_in_partial_sums(self, of_two: Path) -> None:
+        for result in results(of_two, 2, "sequence_parallel_gives_up"):
+            assert result["is_unchanged"]
+            assert "4 weight_norm/blocks.0.norm None" in result["records"]
+            assert "4 grad_norm/blocks.0.norm None" not in result["records"]
+
     @pytest.mark.parametrize("scenario", ["grad_scaler", "fsdp_with_grad_scaler"])
     def test_with_a_grad_scaler(self, of_two: Path, scenario: str) -> None:
         trained = model()
@@ -249,10 +290,12 @@ class TestVerdicts:
 
     def test_what_differs_between_ranks_is_refused_on_all(self, of_two: Path) -> None:
         for result in results(of_two, 2, "refused"):
+            assert "`model` is watched already" in result["watched"]
             assert "`schedule` must be the same on every rank; rank 0 has" in result["schedule"]
             assert "`on_divergence` must be the same on every rank" in result["settings"]
             assert "ranks 0 and 1 hold different models" in result["model"]
             assert "`layer_jacobian_every` runs a layer again" in result["jacobians"]
+        assert "`process_group` must contain this process" in results(of_two, 2, "refused")[1]["member"]
 
     def test_ranks_that_end_at_different_steps_are_refused(self, of_two: Path) -> None:
         for result in results(of_two, 2, "joined"):
