@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import probes
 from probes import parameter_gradients
+from stability.divergence import EpisodeDetector, LossDetector
 from tests.probes.distributed.trainings import (
     EVERYTHING,
     STEPS,
@@ -372,11 +373,18 @@ def refused(directory: Path) -> Result:
     messages = {
         "watched": message(lambda: probes.attach(watched)),
         "schedule": message(lambda: probes.attach(small, every=1 if is_first else 2)),
+        "detectors": message(
+            lambda: probes.attach(
+                small, detectors=[EpisodeDetector([LossDetector(window=20 if is_first else 30)])]
+            )
+        ),
         "settings": message(lambda: probes.attach(small, on_divergence="warn" if is_first else "raise")),
         "model": message(lambda: probes.attach(large)),
         "jacobians": message(lambda: probes.attach(_sharded(), layer_jacobian_every=1)),
         "member": "" if is_first else message(lambda: probes.attach(small, process_group=of_first)),
     }
+    state = {**watching.state_dict(), "step": 4 + dist.get_rank()}
+    messages["step"] = message(lambda: watching.load_state_dict(state))
     watching.close()
     return messages
 

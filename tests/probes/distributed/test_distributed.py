@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 import probes
+from probes.distributed import gathering_device
 from tests.probes.distributed.launch import launch, results
 from tests.probes.distributed.trainings import (
     EVERYTHING,
@@ -292,6 +294,8 @@ class TestVerdicts:
         for result in results(of_two, 2, "refused"):
             assert "`model` is watched already" in result["watched"]
             assert "`schedule` must be the same on every rank; rank 0 has" in result["schedule"]
+            assert "`detectors` must be the same on every rank" in result["detectors"]
+            assert "`step` must be the same on every rank; rank 0 has 4 and rank 1 5." in result["step"]
             assert "`on_divergence` must be the same on every rank" in result["settings"]
             assert "ranks 0 and 1 hold different models" in result["model"]
             assert "`layer_jacobian_every` runs a layer again" in result["jacobians"]
@@ -322,6 +326,18 @@ def test_a_killed_rank_ends_the_others_and_leaves_the_records(tmp_path: Path) ->
 
 
 class TestOneProcess:
+    @pytest.mark.parametrize("backends", ["cpu:gloo,cuda:nccl", "gloo"])
+    def test_ranks_gather_where_the_model_is(self, backends: str) -> None:
+        assert gathering_device(backends, model()) == torch.device("cpu")
+
+    def test_ranks_gather_on_the_gpu_of_the_model_whichever_is_current(self) -> None:
+        on_third = mock.Mock(parameters=lambda: iter([mock.Mock(device=torch.device("cuda:2"))]))
+        assert gathering_device("cpu:gloo,cuda:nccl", on_third) == torch.device("cuda:2")
+
+    def test_other_backends_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="must use nccl or gloo; it uses mpi"):
+            gathering_device("mpi", model())
+
     def test_a_group_without_torch_distributed_is_refused(self) -> None:
         with pytest.raises(ValueError, match="torch.distributed is not initialized"):
             probes.attach(model(), process_group=object())  # type: ignore[arg-type]
