@@ -148,5 +148,6 @@ class LocalTransfer(Transfer):
 
     def wait(self) -> StepRecords:
         """See :class:`probes.transfer.Transfer`."""
-        records = super().wait()
+        # Of the gradients' parts some may have been joined: these make no norm of the whole model.
+        records = super().wait().without([GLOBAL_GRAD_NORM])
         return records._replace(series=tuple(name._replace(rank=self._rank) for name in records.series))

@@ -9,7 +9,8 @@ from probes.failures import ProbeWarning
 from probes.pending import Pending
 from probes.record import Series
 
-GRADIENTS, WEIGHTS, UPDATES, ATTENTION = "gradients", "weights", "updates", "attention"
+GRADIENTS, WEIGHTS, UPDATES = "gradients", "weights", "updates"
+ATTENTION, JACOBIANS = "attention", "layer Jacobians"
 
 _MEASURED_WITH = {
     "grad_norm": GRADIENTS,
@@ -23,6 +24,8 @@ _MEASURED_WITH = {
     "_update_norm": UPDATES,
     "_adam_update_norm": UPDATES,
     "_root_size": UPDATES,
+    "attention": ATTENTION,
+    "layer_jacobian": JACOBIANS,
 }
 _AT_OUTPUTS = ("activation_rms", "activation_max_abs", "activation_grad_norm", "_output_grad_norm")
 
@@ -61,7 +64,7 @@ class Guard:
         """Warns of something, the first time."""
         if what not in self._warned:
             self._warned.add(what)
-            warnings.warn(message, ProbeWarning, stacklevel=4)
+            warnings.warn(message, ProbeWarning, stacklevel=3)
 
 
 def outputs_of(layer: str) -> str:
@@ -79,10 +82,8 @@ def is_lost(series: Series, given_up: Collection[str]) -> bool:
     if not given_up:
         return False
     layer, quantity = series.layer, series.quantity
-    if quantity.startswith("attention/"):
-        return ATTENTION in given_up
     if quantity in _AT_OUTPUTS and outputs_of(layer) in given_up:
         return True
     if quantity in ("activation_rms", "activation_max_abs"):
         return size_at(layer) in given_up
-    return _MEASURED_WITH.get(quantity) in given_up
+    return _MEASURED_WITH.get(quantity.partition("/")[0]) in given_up

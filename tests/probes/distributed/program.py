@@ -389,6 +389,21 @@ def refused(directory: Path) -> Result:
     return messages
 
 
+def unfrozen(directory: Path) -> Result:
+    """A layer whose parameters are trained from the third step on."""
+    wrapped = DistributedDataParallel(model())
+    optimizer = adamw(wrapped)
+    options = {**EVERYTHING, "activations_every": 0, "details_every": 0, "attention_every": 0}
+    with probes.attach(wrapped, optimizer, **options) as probe:
+        for step in range(6):
+            wrapped(own_part(batch(step))).square().mean().backward()
+            if step < 2:
+                wrapped.module.embed.weight.grad = wrapped.module.embed.bias.grad = None
+            optimizer.step()
+            optimizer.zero_grad()
+    return as_rows(probe)
+
+
 def joined(directory: Path) -> Result:
     """Under a context in which ranks may have different numbers of batches."""
     wrapped = DistributedDataParallel(model())

@@ -55,6 +55,7 @@ OF_TWO = [
     "nan_is_skipped",
     "only_first_writes",
     "mixed",
+    "unfrozen",
     "refused",
     "joined",
 ]
@@ -289,6 +290,12 @@ class TestVerdicts:
             **{f"{step} late/(all) None": step for step in (8, 10)},
             "4 once/(all) 0": 4.0,
         }
+
+    def test_a_part_of_the_gradient_is_not_taken_for_the_whole(self, of_two: Path) -> None:
+        of_run = results(of_two, 2, "unfrozen")[0]
+        assert {"2 grad_norm/embed 0", "3 grad_norm/embed 0", "4 grad_norm/embed None"} <= of_run.keys()
+        whole = [name for name in of_run if "grad_norm/(all)" in name]
+        assert whole == [f"{step} grad_norm/(all) None" for step in (0, 1, 4, 5)]
 
     def test_what_differs_between_ranks_is_refused_on_all(self, of_two: Path) -> None:
         for result in results(of_two, 2, "refused"):
