@@ -37,6 +37,7 @@ class RankReduction:
         self._is_root = mask([reduction in roots for reduction in reductions]) | self._is_error
         means = (mean, root_mean_square)
         self._is_mean = mask([reduction in means for reduction in reductions]) & ~self._is_error
+        self._is_weighted = self._is_mean | self._is_error  # by their weights between ranks, not within one
 
     def __call__(self, values: Tensor, weights: Tensor, first_slot: int = 0) -> Tensor:
         """Joins.
@@ -83,9 +84,8 @@ class RankReduction:
         sizes = weights.abs()
         is_there = sizes > 0
         counts = is_there.to(sizes.dtype)
-        is_weighted = self._is_mean | self._is_error  # by their weights between ranks, not within
-        joined = self._join(values, counts.where(is_weighted, sizes), is_there, slice(None))
-        weight = sizes.sum(dim=0).where(is_weighted, counts.amax(dim=0))
+        joined = self._join(values, counts.where(self._is_weighted, sizes), is_there, slice(None))
+        weight = sizes.sum(dim=0).where(self._is_weighted, counts.amax(dim=0))
         return torch.stack([joined.where(weight > 0, 0.0), _signed(weight, weights)])
 
     def _join(self, values: Tensor, weights: Tensor, is_there: Tensor, these: slice) -> Tensor:
