@@ -37,6 +37,9 @@ class RankReduction:
         self._is_root = mask([reduction in roots for reduction in reductions]) | self._is_error
         means = (mean, root_mean_square)
         self._is_mean = mask([reduction in means for reduction in reductions]) & ~self._is_error
+        # Most steps have neither: their operations are left out.
+        self._has_errors = any(are_errors)
+        self._has_maxima = any(reduction is largest for reduction in reductions)
         self._is_weighted = self._is_mean | self._is_error  # by their weights between ranks, not within one
 
     def __call__(self, values: Tensor, weights: Tensor, first_slot: int = 0) -> Tensor:
@@ -91,10 +94,14 @@ class RankReduction:
     def _join(self, values: Tensor, weights: Tensor, is_there: Tensor, these: slice) -> Tensor:
         is_error, is_root = self._is_error[these], self._is_root[these]
         powers = values.square().where(is_root, values)
-        factors = weights.square().where(is_error, weights)
+        factors = weights.square().where(is_error, weights) if self._has_errors else weights
         count = weights.sum(dim=0)
         joined = (factors * powers).sum(dim=0) / count.where(self._is_mean[these], 1.0)
-        joined = joined.sqrt().where(is_root, joined) / count.where(is_error, 1.0)
+        joined = joined.sqrt().where(is_root, joined)
+        if self._has_errors:
+            joined = joined / count.where(is_error, 1.0)
+        if not self._has_maxima:
+            return joined
         maxima = values.where(is_there, -torch.inf).amax(dim=0)
         return maxima.where(self._is_largest[these], joined)
 
