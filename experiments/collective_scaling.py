@@ -46,26 +46,22 @@ class Shape(NamedTuple):
     Attributes:
         blocks: Number of blocks.
         heads: Attention heads of each.
-        parameters_per_block: Parameter tensors of each.
         layers_per_block: Layers with parameters of each.
-        other_parameters: Parameter tensors outside of blocks.
         other_layers: Layers with parameters outside of blocks.
         embeddings: Of these, layers whose input has no gradient.
     """
 
     blocks: int
     heads: int
-    parameters_per_block: int
     layers_per_block: int
-    other_parameters: int
     other_layers: int
     embeddings: int
 
 
 MODELS = {
-    "160M": Shape(12, 16, 16, 8, 5, 4, 2),  # experiments.token_transformer
-    "7B": Shape(32, 32, 9, 9, 3, 3, 1),  # a Llama: seven projections and two norms without biases
-    "70B": Shape(80, 64, 9, 9, 3, 3, 1),
+    "160M": Shape(12, 16, 8, 4, 2),  # experiments.token_transformer
+    "7B": Shape(32, 32, 9, 3, 1),  # a Llama: seven projections and two norms without biases
+    "70B": Shape(80, 64, 9, 3, 1),
 }
 KINDS = ("every step", "every 10th", "every 200th")
 
@@ -80,19 +76,19 @@ def slots(shape: Shape) -> dict[str, int]:
         Kind → number of slots, of which one is the loss.
 
     Example:
-        >>> slots(Shape(2, 4, 16, 8, 5, 4, 2))
-        {'every step': 77, 'every 10th': 185, 'every 200th': 451}
+        >>> slots(Shape(2, 4, 8, 4, 2))
+        {'every step': 43, 'every 10th': 151, 'every 200th': 349}
     """
-    parameters = shape.blocks * shape.parameters_per_block + shape.other_parameters
     layers = shape.blocks * (shape.layers_per_block + 1) + shape.other_layers  # a block is a layer too
     owners = layers - shape.blocks
-    every_step = 2 * parameters + 3  # gradient, weight; loss, first gradient, whether there is more
+    every_step = 2 * owners + 3  # gradient, weight; loss, first gradient, whether there is more
     # Of each block its output, the gradient there, and both sides of the gain; of each attention layer and
     # each of its heads two maxima and four means with their standard errors.
     attention = shape.blocks * 10 * (1 + shape.heads)
     every_tenth = every_step + 4 * shape.blocks + attention
-    # Of each parameter the largest entry, the count, the change and Adam's; of each layer five of its output.
-    every_200th = every_step + attention + 4 * parameters + owners + 5 * layers - 2 * shape.embeddings
+    # Of each owner the largest entry, the count, the change, Adam's and the size; of each layer five of its
+    # output.
+    every_200th = every_step + attention + 5 * owners + 5 * layers - 2 * shape.embeddings
     return dict(zip(KINDS, (every_step, every_tenth, every_200th), strict=True))
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from probes.guard import GRADIENTS, size_at
 from probes.pending import Pending
 from probes.record import Series, series_of
 from probes.sharding import Sharding
@@ -90,9 +91,12 @@ class Activations:
 
     def measure_output(self, layer: str, call: int, values: Tensor) -> None:
         """Adds the size of an output that is not attached to the graph."""
+        # Ranks may communicate here: no failure of the arithmetic keeps one from it.
         values, _ = self._sharding.activation(values)
-        if values.numel() == 0:
-            return  # another rank's samples
+        if values.numel():  # otherwise another rank's samples
+            self._guard(size_at(layer), self._add_size, layer, call, values)
+
+    def _add_size(self, layer: str, call: int, values: Tensor) -> None:
         norm, size = tensor_norm(values), values.numel()
         self._pending.add(
             series_of(layer, "activation_rms", call), norm, factor=1 / math.sqrt(size), weight=size
@@ -120,6 +124,9 @@ class Activations:
     def measure_gradient(self, gradient: Tensor, series: Iterable[Series]) -> None:
         """Adds the norm of a gradient under every name it has."""
         part, weight = self._sharding.activation(gradient)
+        self._guard(GRADIENTS, self._add_norm, part, weight, series)
+
+    def _add_norm(self, part: Tensor, weight: float, series: Iterable[Series]) -> None:
         norm = tensor_norm(part)
         for name in series:
             self._pending.add(name, norm, weight=weight)
@@ -134,7 +141,7 @@ class Activations:
         def hook(gradient: Tensor | None) -> None:
             # None: of a call's several outputs (`chunk`, `unbind`), the loss does not depend on this one.
             if gradient is not None:
-                self._guard("gradients", self.measure_gradient, gradient, series)
+                self.measure_gradient(gradient, series)
 
         handle = tensor.register_hook(hook)
         if tensor.is_leaf:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from probes.alerts import AlertAction, OnDivergence
 from probes.delivery import Delivery
-from probes.distributed import join_ranks, unwrapped
+from probes.distributed import join_ranks, told_of, unwrapped
 from probes.failures import ProbeWarning
 from probes.flight_recorder import FlightRecorder
 from probes.flight_recorder_file import FILE_NAME
@@ -161,7 +161,7 @@ def attach(
         "layers": sorted(selected),
         "attention_rows": attention_rows,
         "on_divergence": "a function" if callable(on_divergence) else on_divergence,
-        "detectors": [type(detector).__name__ for detector in detectors],
+        "detectors": [told_of(detector) for detector in detectors],
         "same_step": same_step,
         "snapshot_every": snapshot_every,
     }
@@ -279,7 +279,7 @@ def _check_model(model: object) -> None:
             )
     if next(model.parameters(), None) is None:
         raise ValueError(f"`model` must have parameters to watch; {type(model).__name__} has none.")
-    if model in _open_probes:
+    if unwrapped(model) in _open_probes:
         raise ValueError("`model` is watched already; close its probe first: probe.close().")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from probes.attention_sites import AttentionSite, attention_site, read_softmax
 from probes.failures import ProbeWarning
+from probes.guard import ATTENTION
 from probes.pending import Pending
 from probes.record import Kind, Series
 from probes.sharding import Sharding
@@ -213,14 +214,13 @@ class AttentionCalls:
         except Exception as error:  # arguments we cannot read must not stop a model that can
             self.cannot_see(function, place.layer, f"its arguments cannot be read: {error!r}")
             return False
-        if 0 in seen.call.query.shape[:3] or 0 in seen.call.key.shape[:3]:
-            return True  # an empty batch
         if not is_listed or self.sites[place].mechanism != site.mechanism:  # it was replaced since
             self.sites[place] = site
             self._unexplained.difference_update(self._module_calls.running)
             self._unexplained -= {name for name in self._unexplained if _contains(name, place.layer)}
-        if self.step is not None:
-            self._guard("attention", self._measure, place, seen, self.step)
+        is_empty = 0 in seen.call.query.shape[:3] or 0 in seen.call.key.shape[:3]
+        if self.step is not None and not is_empty:
+            self._guard(ATTENTION, self._measure, place, seen, self.step)
         return True
 
     def _measure(self, place: Place, seen: SeenAttention, step: int) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from probes.joining import join
+from probes.joining import GLOBAL_GRAD_NORM, Parts, join
 from probes.layout import Layout, Packing
 from probes.pending import Pending
 from probes.record import Series, StepRecords
@@ -97,20 +97,31 @@ class GlobalTransfer:
             self._host = self._join(self._gathered)
         else:
             self._arrived.synchronize()
-        values, num_ranks, first_broken = self._host.tolist()
-        if values.pop() > 0:  # the flag: some rank has measured more
+        values, weights, first_broken = self._host.tolist()
+        if values.pop() != 0:  # the flag: some rank has measured more
             # Ranks read this at different times, though all of them before the next transfer but one.
             self._layout.expires = min(self._layout.expires, self._number + 2)
         slots = self._layout.slots[:-1]
         self.first_broken = {
             slot.series: int(rank) for slot, rank in zip(slots, first_broken, strict=False) if rank >= 0
         }
-        parts = (
-            ((slot.series,), (value,), 1.0, slot.is_standard_error)
-            for slot, value, count in zip(slots, values, num_ranks, strict=False)
-            if count
-        )
-        return join(self.step, parts, (), self._layout.ratios)
+        records = join(self.step, self._parts(values, weights), (), self._layout.ratios)
+        # Where gradients of other layers were left out, what has been joined is not the whole model's.
+        return records if weights[-1] else records.without([GLOBAL_GRAD_NORM])
+
+    def _parts(self, values: list[float], weights: list[float]) -> Iterator[Parts]:
+        weight_of: dict[Series, float] = {}  # of the value; its standard error comes later
+        for (series, is_standard_error), value, weight in zip(
+            self._layout.slots, values, weights, strict=False
+        ):
+            if weight == 0:
+                continue
+            name = series if weight > 0 else self._layout.inexact(series)
+            if is_standard_error:  # of those ranks whose value has one; that of the others is exact
+                value *= abs(weight / weight_of.get(series, weight))
+            else:
+                weight_of[series] = weight
+            yield (name,), (value,), 1.0, is_standard_error
 
     def _join(self, pieces: Iterable[tuple[Tensor, dist.Work]]) -> Tensor:
         joined, first_slot = [], 0
@@ -137,5 +148,6 @@ class LocalTransfer(Transfer):
 
     def wait(self) -> StepRecords:
         """See :class:`probes.transfer.Transfer`."""
-        records = super().wait()
+        # Of the gradients' parts some may have been joined: these make no norm of the whole model.
+        records = super().wait().without([GLOBAL_GRAD_NORM])
         return records._replace(series=tuple(name._replace(rank=self._rank) for name in records.series))

@@ -178,6 +178,15 @@ class Delivery:
         else:
             self._put_off.append(verdict)
 
+    def check_same_step(self, step: int) -> None:
+        """Waits for the other ranks, if there are any, and raises on all of them if theirs is another.
+
+        Raises:
+            ValueError: If it is.
+        """
+        if self._ranks is not None:
+            self._ranks.check_same("step", step)
+
     def abandon(self) -> None:
         """Writes the numbers in flight without judging them: the training goes back to before their step."""
         arrived, alone = self._take_in_flight()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,9 @@ from probes.sharding import Sharding, tensor_parallel_ranks, tensor_shards
 from stability.divergence import ALL_LAYERS, Alert
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+T = TypeVar("T")
 
 
 class _Agreed(NamedTuple):
@@ -37,6 +40,7 @@ class Ranks:
 
     Args:
         group: The ranks.
+        device: Where they gather.
         schedule: When something is measured.
         wrapper: What the script trains, a ``DistributedDataParallel`` maybe.
 
@@ -45,12 +49,15 @@ class Ranks:
         is_first: Whether it is the one that writes.
     """
 
-    def __init__(self, group: dist.ProcessGroup, schedule: Schedule, wrapper: nn.Module) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, schedule: Schedule, wrapper: nn.Module
+    ) -> None:
         self.rank = dist.get_rank()
         self.is_first = group.rank() == 0
         self._schedule = astuple(schedule)
         self._group = group
-        self._lane = Lane(group, _device(group))
+        self._device = device
+        self._lane = Lane(group, device)
         self._ranks = dist.get_process_group_ranks(group)
         self._wrapper = wrapper
         self._layouts: dict[tuple[object, ...], Layout] = {}
@@ -81,10 +88,20 @@ class Ranks:
         kind = (is_rest, *(is_due(step, every) for every in self._schedule))
         layout = self._layouts.get(kind)
         if layout is None or layout.expires <= self._num_transfers:
-            layout = self._layouts[kind] = agree(pending, self._lane.device, self._group)
+            with _current(self._device):
+                layout = self._layouts[kind] = agree(pending, self._device, self._group)
         transfer = GlobalTransfer(step, self._num_transfers, pending, layout, self._lane)
         self._num_transfers += 1
         return transfer
+
+    def check_same(self, name: str, value: object) -> None:
+        """Raises on every rank if they differ in something. All ranks call it, and wait for each other.
+
+        Raises:
+            ValueError: If they do.
+        """
+        with _current(self._device):
+            _check_same(_of_everyone({name: value}, self._group), self._ranks)
 
     def start_alone(self, step: int, pending: Pending | None) -> LocalTransfer | None:
         """The copy of numbers that only this rank has; None where nobody writes them."""
@@ -139,7 +156,7 @@ def join_ranks(
     model = unwrapped(wrapper)
     group = process_group or dist.group.WORLD
     assert group is not None  # initialized
-    if group.rank() < 0:
+    if dist.get_rank(group) < 0:  # new_group gives those outside a number
         raise ValueError("`process_group` must contain this process; give each process a group of its own.")
     _check_sharding(model, group.size(), bool(schedule.layer_jacobians))
     rank = dist.get_rank()
@@ -148,9 +165,10 @@ def join_ranks(
         return None, Sharding(tensor_ranks=tensor_ranks, rank=rank, has_dtensors=True)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     mine = _Agreed({**settings, "schedule": schedule, "parameters": shapes}, tensor_ranks)
-    everyone: list[_Agreed] = [mine] * group.size()
-    dist.all_gather_object(everyone, mine, group)
-    _check_same(everyone, dist.get_process_group_ranks(group))
+    device = gathering_device(str(dist.get_backend_config(group)), model)
+    with _current(device):
+        everyone = _of_everyone(mine, group)
+    _check_same([agreed.settings for agreed in everyone], dist.get_process_group_ranks(group))
     data_groups = sorted({tuple(agreed.tensor_ranks) for agreed in everyone})
     if len(data_groups) * len(tensor_ranks) != group.size():
         raise ValueError(
@@ -170,7 +188,7 @@ def join_ranks(
         ],
         has_dtensors=True,
     )
-    return Ranks(group, schedule, wrapper), sharding
+    return Ranks(group, device, schedule, wrapper), sharding
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -181,10 +199,53 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_same(everyone: list[_Agreed], ranks: list[int]) -> None:
-    first = everyone[0].settings
-    for rank, agreed in zip(ranks, everyone, strict=True):
-        for name, value in agreed.settings.items():
+def told_of(detector: object) -> str:
+    """A detector's class and the numbers it holds, those within it too, to compare between ranks."""
+    told = []
+    for name, value in getattr(detector, "__dict__", {}).items():
+        if isinstance(value, bool | int | float | str):
+            told.append(f"{name.removeprefix('_')}={value!r}")
+        elif isinstance(value, tuple | list):
+            told += [told_of(member) for member in value if hasattr(member, "state_dict")]
+    return f"{type(detector).__name__}({', '.join(told)})"
+
+
+def gathering_device(backends: str, model: nn.Module) -> torch.device:
+    """Where ranks gather: with NCCL on the model's GPU, current or not; with gloo on the CPU.
+
+    Args:
+        backends: The process group's, such as "cpu:gloo,cuda:nccl".
+        model: The model.
+
+    Raises:
+        ValueError: If they are neither.
+    """
+    if "nccl" in backends:
+        on_gpu = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
+        if on_gpu is not None:
+            return on_gpu
+        if "gloo" not in backends:  # parameters wait on the CPU until they are used
+            return torch.device("cuda", torch.cuda.current_device())
+    if "gloo" in backends:
+        return torch.device("cpu")
+    raise ValueError(f"the process group must use nccl or gloo; it uses {backends}.")
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, on which NCCL exchanges objects."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _of_everyone(mine: T, group: dist.ProcessGroup) -> list[T]:
+    everyone = [mine] * group.size()
+    dist.all_gather_object(everyone, mine, group)
+    return everyone
+
+
+def _check_same(everyone: Sequence[Mapping[str, object]], ranks: list[int]) -> None:
+    first = everyone[0]
+    for rank, settings in zip(ranks, everyone, strict=True):
+        for name, value in settings.items():
             if first[name] == value:
                 continue
             if name == "parameters":
@@ -219,13 +280,3 @@ def _check_sharding(model: nn.Module, num_ranks: int, has_jacobians: bool) -> No
                     "`layer_jacobian_every` runs a layer again, which needs its whole parameters; those of "
                     f"`model` are sharded ({name}). Leave it out."
                 )
-
-
-def _device(group: dist.ProcessGroup) -> torch.device:
-    """Where the group can gather: NCCL on the process's GPU, gloo on the CPU."""
-    backends = str(dist.get_backend_config(group))
-    if "nccl" in backends:
-        return torch.device("cuda", torch.cuda.current_device())
-    if "gloo" in backends:
-        return torch.device("cpu")
-    raise ValueError(f"the process group must use nccl or gloo; it uses {backends}.")

@@ -41,7 +41,7 @@ def join(
             name = series
             if series.kind != "exact":
                 # Parts of different kinds (all rows of a short batch, a sample of a long one) are joined.
-                name = _exact(series)
+                name = exact(series)
                 labelled[name] = series
             if is_standard_error:
                 errors.setdefault(name, []).append(number * factor)
@@ -79,5 +79,6 @@ def join(
 
 
 @lru_cache(maxsize=2**16)
-def _exact(series: Series) -> Series:
+def exact(series: Series) -> Series:
+    """The name that a series has where its value is exact."""
     return series._replace(kind="exact")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -49,8 +49,14 @@ class OptimizerState:
         self._weights_before = list(zip(watched, copies, strict=True))
 
     @torch.no_grad()
-    def after(self, pending: Pending, optimizer: Optimizer) -> None:
-        """Adds ``update_ratio`` and, for optimizers with Adam's second moment, ``adam_update_rms``."""
+    def after(self, pending: Pending, optimizer: Optimizer, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Adds ``update_ratio`` and, for optimizers with Adam's second moment, ``adam_update_rms``.
+
+        Args:
+            pending: Receives the scalars.
+            optimizer: Has stepped.
+            gradients: By parameter, what is here of its gradient.
+        """
         stepped = [parameter for parameter, _ in self._weights_before]
         layers = [self._layer_of[parameter] for parameter in stepped]
         changes = [before for _, before in self._weights_before]
@@ -67,17 +73,19 @@ class OptimizerState:
                 series_of(layer, "_update_norm"),
                 series_of(layer, "weight_norm"),
             )
-        self._add_adam_update_rms(pending, optimizer)
+        self._add_adam_update_rms(pending, optimizer, gradients)
 
-    def _add_adam_update_rms(self, pending: Pending, optimizer: Optimizer) -> None:
-        layers, weights, gradients, moments, corrections, floors = [], [], [], [], [], []
+    def _add_adam_update_rms(
+        self, pending: Pending, optimizer: Optimizer, gradients: Mapping[Tensor, Tensor]
+    ) -> None:
+        layers, weights, parts, moments, corrections, floors = [], [], [], [], [], []
         for parameter, group in self._watched(optimizer):
             state = optimizer.state.get(parameter, {})
             if not _has_second_moment(state, group) or parameter.grad is None or parameter.grad.is_sparse:
                 continue
             layers.append(self._layer_of[parameter])
             weights.append(self._sharding.weight(parameter))
-            gradients.append(self._sharding.part(parameter.grad))
+            parts.append(gradients[parameter])
             name = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
             moment = self._sharding.part(state[name])
             # ε² keeps entries that have never had a gradient (g = v = 0, as in embeddings) at 0; in float16
@@ -95,7 +103,7 @@ class OptimizerState:
             moments = [moment / c for moment, c in zip(moments, corrections, strict=True)]
         torch._foreach_clamp_min_(moments, floors)
         torch._foreach_sqrt_(moments)
-        ratios = torch._foreach_div(gradients, moments)
+        ratios = torch._foreach_div(parts, moments)
         size_of: dict[str, float] = {}  # over all ranks these add up to the layer's size
         for layer, weight, ratio, norm in zip(layers, weights, ratios, tensor_norms(ratios), strict=True):
             pending.add(series_of(layer, "_adam_update_norm"), norm, weight=weight)

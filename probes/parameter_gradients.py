@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def measure_gradients(
     pending: Pending,
     layer_of: dict[Tensor, str],
     selected: set[str],
-    parameters: Iterable[Tensor],
+    gradients: Mapping[Tensor, Tensor],
     grad_scale: Tensor | None = None,
     *,
     sharding: Sharding,
@@ -33,32 +33,28 @@ def measure_gradients(
         pending: Receives the scalars.
         layer_of: Layer of each of the model's parameters.
         selected: Layers that are recorded.
-        parameters: The parameters of the optimizer that is about to step.
+        gradients: By parameter of the optimizer that is about to step, what is here of its gradient.
         grad_scale: What a ``GradScaler`` has multiplied the gradients by, where the optimizer takes it out
             itself (fused ones do); None where they are unscaled.
-        sharding: Which part of a gradient is here.
+        sharding: How many ranks hold the same part.
         is_detailed: Whether to measure more than norms.
     """
-    layers, whole = [], []
-    for parameter in parameters:
-        if parameter.grad is not None and parameter in layer_of:
-            layers.append(layer_of[parameter])
-            whole.append(parameter.grad)
-    gradients = [_dense_values(gradient) for gradient in sharding.parts(whole)]
-    weights = sharding.weights(whole)
-    norms = tensor_norms(gradients)
+    layers = [layer_of[parameter] for parameter in gradients]
+    parts = [_dense_values(gradient) for gradient in gradients.values()]
+    weights = sharding.weights([p.grad for p in gradients if p.grad is not None])
+    norms = tensor_norms(parts)
     names = [series_of(layer, "grad_norm" if layer in selected else "_other_grad_norm") for layer in layers]
     _add_values(pending, names, norms, weights, grad_scale)
     if not is_detailed:
         return
     detailed = [index for index, layer in enumerate(layers) if layer in selected]
     layers = [layers[index] for index in detailed]
-    gradients = [gradients[index] for index in detailed]
+    parts = [parts[index] for index in detailed]
     weights = [weights[index] for index in detailed]
-    largest = largest_entries(gradients)
+    largest = largest_entries(parts)
     names = [series_of(layer, "grad_max_abs") for layer in layers]
     _add_values(pending, names, largest, weights, grad_scale)
-    counts = count_nonfinite(gradients, [norms[index] for index in detailed])
+    counts = count_nonfinite(parts, [norms[index] for index in detailed])
     _add_values(pending, [series_of(layer, "nonfinite_count") for layer in layers], counts, weights)
 
 

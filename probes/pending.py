@@ -44,9 +44,14 @@ class Ratio(NamedTuple):
 
 
 class Pending:
-    """Collects the measurements of the step under way. Nothing here waits for the device."""
+    """Collects the measurements of the step under way. Nothing here waits for the device.
+
+    Attributes:
+        given_up: Measurements that this process has given up, as named in :mod:`probes.guard`.
+    """
 
     def __init__(self) -> None:
+        self.given_up: frozenset[str] = frozenset()
         self.measurements: list[Measurement] = []
         self.numbers: list[Number] = []
         self.ratios: list[Ratio] = []
@@ -66,6 +71,7 @@ class Pending:
     def take(self) -> Pending:
         """Hands over what was collected and starts afresh."""
         taken = Pending()
+        taken.given_up = self.given_up
         taken.measurements, self.measurements = self.measurements, taken.measurements
         taken.numbers, self.numbers = self.numbers, taken.numbers
         taken.ratios, self.ratios = self.ratios, taken.ratios

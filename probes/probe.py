@@ -214,9 +214,13 @@ class Probe:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where ``state_dict`` was taken. What was measured since is judged no more.
 
+        Of several processes all call it, and wait for each other.
+
         Raises:
-            ValueError: If the detectors are not the ones the state was saved from.
+            ValueError: If the detectors are not the ones the state was saved from, or processes go on at
+                different steps.
         """
+        self._delivery.check_same_step(state["step"])
         self._delivery.detection.load_state_dict(state["detectors"])
         self._delivery.abandon()
         self._watch.pending.take()

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from probes.alerts import DivergenceError
 from probes.delivery import Delivery
 from probes.failures import ProbeWarning
+from probes.optimizer_watch import SKIPPED_STEP
 from probes.snapshots import Snapshots
-from probes.watch import SKIPPED_STEP, Watch
+from probes.watch import Watch
 
 MAX_LEFT_OUT = 10
 

@@ -30,7 +30,7 @@ def test_slots_are_counted_as_a_probe_measures_them(monkeypatch):
     shape = MODELS["160M"]._replace(blocks=2, heads=4)
     # In one process there are no first gradient, and no slot that says whether there is more.
     assert slots(shape) == dict(zip(KINDS, (every_step + 2, every_10th + 2, every_200th + 2), strict=True))
-    assert shape == Shape(2, 4, 16, 8, 5, 4, 2)
+    assert shape == Shape(2, 4, 8, 4, 2)
 
 
 def test_it_writes_its_table(tmp_path, capsys):

@@ -118,6 +118,17 @@ def test_asking_for_attention_that_is_unseen_is_an_error() -> None:
             probe.step()
 
 
+def test_attention_over_an_empty_batch_is_seen() -> None:
+    # One of several ranks may have no samples where attention is due; it must not stop alone.
+    model = SelfAttention(lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k, v))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probes.attach(model, optimizer, attention_every=1) as probe:
+        model(torch.ones(0, 4, 16)).sum().backward()
+        optimizer.step()
+    assert len(probe.attention_sites) == 1
+    assert not any(record.quantity.startswith("attention/") for record in probe.records)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_multihead_attention_with_weights_has_its_heads(training: bool) -> None:
     class Model(nn.Module):

@@ -301,7 +301,7 @@ class TestFailuresWhileTraining:
         def broken(*arguments: object) -> None:
             raise RuntimeError("bug")
 
-        monkeypatch.setattr("probes.watch.measure_gradients", broken)
+        monkeypatch.setattr("probes.optimizer_watch.measure_gradients", broken)
         model, optimizer = linear()
         with pytest.warns(probes.ProbeWarning, match="measuring gradients failed at step 0") as caught:
             with probes.attach(model, optimizer, activations_every=1) as probe:

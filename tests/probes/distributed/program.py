@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -34,9 +37,12 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import probes
+from probes import parameter_gradients
+from stability.divergence import EpisodeDetector, LossDetector
 from tests.probes.distributed.trainings import (
     EVERYTHING,
     STEPS,
+    WIDTH,
     adamw,
     as_rows,
     batch,
@@ -122,6 +128,10 @@ def tensor_parallel(directory: Path) -> Result:
 
 def sequence_parallel(directory: Path) -> Result:
     """Between parallel layers a rank has a part of the sequence; gradients of norms are partial sums."""
+    return as_rows(train(_sequence_parallel()))
+
+
+def _sequence_parallel() -> nn.Module:
     divided = model()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     column, row = ColwiseParallel(input_layouts=Shard(1)), RowwiseParallel(output_layouts=Shard(1))
@@ -133,7 +143,7 @@ def sequence_parallel(directory: Path) -> Result:
         input_layouts=Shard(1), desired_input_layouts=Replicate(), use_local_output=True
     )
     parallelize_module(divided, mesh, {"embed": ColwiseParallel(output_layouts=Shard(1)), "head": whole})
-    return as_rows(train(divided))
+    return divided
 
 
 def tensor_parallel_and_fsdp(directory: Path) -> Result:
@@ -167,6 +177,74 @@ def no_sync(directory: Path) -> Result:
             optimizer.step()
             optimizer.zero_grad()
     return as_rows(probe)
+
+
+def growing_accumulation(directory: Path) -> Result:
+    """One backward pass in the first two steps, two in the others."""
+    wrapped = DistributedDataParallel(model())
+    optimizer = adamw(wrapped)
+    with probes.attach(wrapped, optimizer, **EVERYTHING) as probe:
+        for step in range(5):
+            parts = own_part(batch(step)).chunk(1 if step < 2 else 2)
+            for part in parts:
+                (wrapped(part).square().mean() / len(parts)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return as_rows(probe)
+
+
+def different_lengths(directory: Path) -> Result:
+    """The first rank's sequences are long enough that rows are sampled, the others' are not."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    long_or_short = torch.randn(2, 100 if dist.get_rank() == 0 else 4, WIDTH, dtype=torch.float64)
+    trained = [
+        train(
+            model(),
+            lambda whole: long_or_short,
+            steps=1,
+            attention_rows=64,
+            details_every=0,
+            process_group=group,
+        )
+        for group in (groups[dist.get_rank()], None)
+    ]
+    return {"own": as_rows(trained[0]), "joined": as_rows(trained[1])}
+
+
+def gives_up(directory: Path) -> Result:
+    """The last rank runs out of memory in the third step's gradients."""
+    with _failing_norms(call=5):  # a step measures gradients and weights
+        return as_rows(train(DistributedDataParallel(model()), own_part, steps=6, details_every=0))
+
+
+def sequence_parallel_gives_up(directory: Path) -> Result:
+    """Ranks add up partial sums of gradients, whatever has failed on one of them."""
+    trained = _sequence_parallel()
+    with _failing_norms(call=3):
+        probe = train(trained, steps=5)
+    bare = _sequence_parallel()
+    optimizer = adamw(bare)
+    for step in range(5):
+        bare(batch(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    pairs = zip(trained.parameters(), bare.parameters(), strict=True)
+    is_unchanged = all(torch.equal(p.to_local(), q.to_local()) for p, q in pairs if isinstance(p, DTensor))
+    return {"is_unchanged": is_unchanged, "records": as_rows(probe)}
+
+
+@contextmanager
+def _failing_norms(call: int) -> Iterator[None]:
+    """On the last rank, the n-th time that norms of gradients or weights are computed fails."""
+    whole, calls = parameter_gradients.tensor_norms, itertools.count(1)
+
+    def failing(tensors: list[Tensor]) -> list[Tensor]:
+        if next(calls) == call and dist.get_rank() == dist.get_world_size() - 1:
+            raise torch.OutOfMemoryError("planted")
+        return whole(tensors)
+
+    with mock.patch.object(parameter_gradients, "tensor_norms", failing):
+        yield
 
 
 def grad_scaler(directory: Path) -> Result:
@@ -280,6 +358,9 @@ def mixed(directory: Path) -> Result:
 def refused(directory: Path) -> Result:
     """Messages of attach where ranks differ, and of what is not covered."""
     is_first = dist.get_rank() == 0
+    watched = DistributedDataParallel(nn.Linear(2, 1))
+    of_first = dist.new_group([0])
+    watching = probes.attach(watched)
     small, large = nn.Linear(2, 1), nn.Linear(2, 1 + dist.get_rank())
 
     def message(attach: Callable[[], object]) -> str:
@@ -289,12 +370,38 @@ def refused(directory: Path) -> Result:
             return str(error)
         return "nothing was refused"
 
-    return {
+    messages = {
+        "watched": message(lambda: probes.attach(watched)),
         "schedule": message(lambda: probes.attach(small, every=1 if is_first else 2)),
+        "detectors": message(
+            lambda: probes.attach(
+                small, detectors=[EpisodeDetector([LossDetector(window=20 if is_first else 30)])]
+            )
+        ),
         "settings": message(lambda: probes.attach(small, on_divergence="warn" if is_first else "raise")),
         "model": message(lambda: probes.attach(large)),
         "jacobians": message(lambda: probes.attach(_sharded(), layer_jacobian_every=1)),
+        "member": "" if is_first else message(lambda: probes.attach(small, process_group=of_first)),
     }
+    state = {**watching.state_dict(), "step": 4 + dist.get_rank()}
+    messages["step"] = message(lambda: watching.load_state_dict(state))
+    watching.close()
+    return messages
+
+
+def unfrozen(directory: Path) -> Result:
+    """A layer whose parameters are trained from the third step on."""
+    wrapped = DistributedDataParallel(model())
+    optimizer = adamw(wrapped)
+    options = {**EVERYTHING, "activations_every": 0, "details_every": 0, "attention_every": 0}
+    with probes.attach(wrapped, optimizer, **options) as probe:
+        for step in range(6):
+            wrapped(own_part(batch(step))).square().mean().backward()
+            if step < 2:
+                wrapped.module.embed.weight.grad = wrapped.module.embed.bias.grad = None
+            optimizer.step()
+            optimizer.zero_grad()
+    return as_rows(probe)
 
 
 def joined(directory: Path) -> Result:

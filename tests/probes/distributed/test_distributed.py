@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 import probes
+from probes.distributed import gathering_device
 from tests.probes.distributed.launch import launch, results
 from tests.probes.distributed.trainings import (
     EVERYTHING,
@@ -37,6 +39,10 @@ OF_TWO = [
     "sequence_parallel",
     "uneven",
     "no_sync",
+    "growing_accumulation",
+    "different_lengths",
+    "gives_up",
+    "sequence_parallel_gives_up",
     "grad_scaler",
     "fsdp_with_grad_scaler",
     "one_group_each",
@@ -49,6 +55,7 @@ OF_TWO = [
     "nan_is_skipped",
     "only_first_writes",
     "mixed",
+    "unfrozen",
     "refused",
     "joined",
 ]
@@ -159,6 +166,43 @@ class TestNumbers:
                 optimizer.zero_grad()
         assert_close(rows(of_two, 2, "no_sync"), as_rows(probe))
 
+    def test_with_more_accumulated_gradients_from_some_step_on(self, of_two: Path) -> None:
+        trained = model()
+        optimizer = adamw(trained)
+        with probes.attach(trained, optimizer, **EVERYTHING) as probe:
+            for step in range(5):
+                count = 1 if step < 2 else 2
+                for index in range(count):
+                    of_ranks = [whole.chunk(count)[index] for whole in batch(step).chunk(2)]
+                    (mean_square(trained(torch.cat(of_ranks))) / count).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_close(rows(of_two, 2, "growing_accumulation"), as_rows(probe))
+
+    def test_means_over_sampled_rows_and_all_rows_are_weighted_by_rows(self, of_two: Path) -> None:
+        first, second = results(of_two, 2, "different_lengths")
+        assert first["joined"] == second["joined"]
+        name = "0 attention/entropy/blocks.0 None"
+        (sampled, error, kind), (whole, _, other_kind) = first["own"][name], second["own"][name]
+        assert (kind, other_kind) == ("estimate", "exact")
+        joined, joined_error, joined_kind = first["joined"][name]
+        assert joined == pytest.approx((100 * sampled + 4 * whole) / 104)
+        assert joined_error == pytest.approx(100 * error / 104)
+        assert joined_kind == "estimate"
+
+    def test_what_one_rank_gives_up_is_recorded_of_none(self, of_two: Path) -> None:
+        of_run = rows(of_two, 2, "gives_up")
+        assert {f"{step} weight_norm/embed None" for step in range(6)} <= of_run.keys()
+        for quantity in ("grad_norm/(all)", "grad_norm/embed", "activation_grad_norm/blocks.0"):
+            steps = [step for step in range(6) if f"{step} {quantity} None" in of_run]
+            assert steps == [0, 1], quantity
+
+    def test_a_rank_that_gives_up_takes_part_in_partial_sums(self, of_two: Path) -> None:
+        for result in results(of_two, 2, "sequence_parallel_gives_up"):
+            assert result["is_unchanged"]
+            assert "4 weight_norm/blocks.0.norm None" in result["records"]
+            assert "4 grad_norm/blocks.0.norm None" not in result["records"]
+
     @pytest.mark.parametrize("scenario", ["grad_scaler", "fsdp_with_grad_scaler"])
     def test_with_a_grad_scaler(self, of_two: Path, scenario: str) -> None:
         trained = model()
@@ -247,12 +291,22 @@ class TestVerdicts:
             "4 once/(all) 0": 4.0,
         }
 
+    def test_a_part_of_the_gradient_is_not_taken_for_the_whole(self, of_two: Path) -> None:
+        of_run = results(of_two, 2, "unfrozen")[0]
+        assert {"2 grad_norm/embed 0", "3 grad_norm/embed 0", "4 grad_norm/embed None"} <= of_run.keys()
+        whole = [name for name in of_run if "grad_norm/(all)" in name]
+        assert whole == [f"{step} grad_norm/(all) None" for step in (0, 1, 4, 5)]
+
     def test_what_differs_between_ranks_is_refused_on_all(self, of_two: Path) -> None:
         for result in results(of_two, 2, "refused"):
+            assert "`model` is watched already" in result["watched"]
             assert "`schedule` must be the same on every rank; rank 0 has" in result["schedule"]
+            assert "`detectors` must be the same on every rank" in result["detectors"]
+            assert "`step` must be the same on every rank; rank 0 has 4 and rank 1 5." in result["step"]
             assert "`on_divergence` must be the same on every rank" in result["settings"]
             assert "ranks 0 and 1 hold different models" in result["model"]
             assert "`layer_jacobian_every` runs a layer again" in result["jacobians"]
+        assert "`process_group` must contain this process" in results(of_two, 2, "refused")[1]["member"]
 
     def test_ranks_that_end_at_different_steps_are_refused(self, of_two: Path) -> None:
         for result in results(of_two, 2, "joined"):
@@ -279,6 +333,18 @@ def test_a_killed_rank_ends_the_others_and_leaves_the_records(tmp_path: Path) ->
 
 
 class TestOneProcess:
+    @pytest.mark.parametrize("backends", ["cpu:gloo,cuda:nccl", "gloo"])
+    def test_ranks_gather_where_the_model_is(self, backends: str) -> None:
+        assert gathering_device(backends, model()) == torch.device("cpu")
+
+    def test_ranks_gather_on_the_gpu_of_the_model_whichever_is_current(self) -> None:
+        on_third = mock.Mock(parameters=lambda: iter([mock.Mock(device=torch.device("cuda:2"))]))
+        assert gathering_device("cpu:gloo,cuda:nccl", on_third) == torch.device("cuda:2")
+
+    def test_other_backends_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="must use nccl or gloo; it uses mpi"):
+            gathering_device("mpi", model())
+
     def test_a_group_without_torch_distributed_is_refused(self) -> None:
         with pytest.raises(ValueError, match="torch.distributed is not initialized"):
             probes.attach(model(), process_group=object())  # type: ignore[arg-type]

@@ -17,8 +17,8 @@ def join(
 ) -> tuple[float, float, float]:
     reduction = RankReduction([series_of("layer", quantity)], [is_error], torch.device("cpu"))
     columns = (torch.tensor(column, dtype=torch.float64)[:, None] for column in (values, weights))
-    value, count, first_broken = reduction(*columns)[:, 0].tolist()
-    return value, count, first_broken
+    value, weight, first_broken = reduction(*columns)[:, 0].tolist()
+    return value, weight, first_broken
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def join(
     ],
 )
 def test_by_hand(quantity: str, values: list[float], weights: list[float], expected: float) -> None:
-    assert join(quantity, values, weights) == (pytest.approx(expected), 2, -1)
+    assert join(quantity, values, weights) == (pytest.approx(expected), sum(weights), -1)
 
 
 def test_standard_errors_of_a_weighted_mean() -> None:
@@ -57,6 +57,37 @@ def test_the_first_rank_that_is_not_finite_is_named_where_another_is() -> None:
     assert join("grad_norm", [math.nan, math.nan], [1, 1])[2] == -1
     assert join("attention/max_logit", [-math.inf, 1.0], [1, 1]) == (1.0, 2, -1)  # no row had a key
     assert math.isnan(join("grad_max_abs", [math.nan, 1.0], [1, 1])[0])
+
+
+def test_a_rank_that_has_given_up_a_value_leaves_none() -> None:
+    assert join("grad_norm", [3.0, 0.0], [0.5, math.nan])[1] == 0
+
+
+def test_the_joined_value_is_exact_where_that_of_every_rank_is() -> None:
+    assert join("attention/entropy", [1.0, 4.0], [2, -1]) == (2.0, -3, -1)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "values", "weights", "expected"),
+    [
+        ("grad_norm", [3.0, 4.0], [0.5, 0.25], (math.sqrt(8.5), 1)),  # parameters that are split and copied
+        ("grad_max_abs", [2.0, 7.0], [1, 1], (7.0, 1)),
+        ("nonfinite_count", [2.0, 2.0], [0.5, 0.5], (2.0, 1)),
+        ("loss", [1.0, 4.0], [1, 1], (2.5, 2)),
+        ("attention/entropy", [1.0, 4.0], [30, -10], (2.5, -40)),  # as within one process
+        ("activation_rms", [1.0, 7.0], [3, 1], (5.0, 4)),
+        ("loss", [1.0, 0.0], [1, 0], (1.0, 1)),
+        ("attention/max_logit", [-2.0, 0.0], [1, 0], (-2.0, 1)),
+        ("attention/max_logit", [0.0, 0.0], [0, 0], (0.0, 0)),
+        ("loss", [0.0, 0.0], [0, 0], (0.0, 0)),
+    ],
+)
+def test_parts_of_a_rank_by_hand(
+    quantity: str, values: list[float], weights: list[float], expected: tuple[float, float]
+) -> None:
+    reduction = RankReduction([series_of("layer", quantity)], [False], torch.device("cpu"))
+    columns = (torch.tensor(column, dtype=torch.float64)[:, None] for column in (values, weights))
+    assert reduction.join_parts(*columns)[:, 0].tolist() == pytest.approx(expected)
 
 
 def test_pieces_are_joined_as_the_whole() -> None:
