@@ -13,6 +13,7 @@ from probes.detection import Detection
 from probes.distributed import Ranks
 from probes.failures import ProbeWarning, call_or_drop
 from probes.incident import IncidentWriter
+from probes.layers import forward_place
 from probes.pending import Pending
 from probes.record import Series, StepRecords
 from probes.sinks.memory import MemorySink
@@ -278,9 +279,9 @@ class Delivery:
         outputs = readings.get("activation_rms", {})
         if len(outputs) > len(self.seen_order):
             self.seen_order = list(outputs)
-        position = {layer: i for i, layer in enumerate(self._forward_order)}
+        place_of = {layer: i for i, layer in enumerate(self._forward_order)}
         return {
-            quantity: dict(sorted(values.items(), key=lambda item: position.get(item[0], -1)))
+            quantity: dict(sorted(values.items(), key=lambda item: forward_place(item[0], place_of)))
             for quantity, values in readings.items()
         }
 

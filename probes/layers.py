@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -77,3 +77,23 @@ def _blocks_in(module: nn.Module) -> set[nn.Module]:
         else:
             blocks |= _blocks_in(child)
     return blocks
+
+
+def forward_place(layer: str, place_of: Mapping[str, int]) -> float:
+    """Where a layer stands in the forward pass.
+
+    A layer that is never called as a module (the output projection of ``nn.MultiheadAttention``) stands right
+    before the end of the nearest module around it that is called; without one, before all.
+
+    Args:
+        layer: Its name.
+        place_of: Places of the layers that are called; a module ends after those inside.
+    """
+    if layer in place_of:
+        return place_of[layer]
+    around = layer.rpartition(".")[0]
+    while around:
+        if around in place_of:
+            return place_of[around] - 0.5
+        around = around.rpartition(".")[0]
+    return -1.0

@@ -1,10 +1,12 @@
-"""Which modules are blocks."""
+"""Which modules are blocks, and where layers stand."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from probes.layers import activation_layers, outermost_blocks
+import probes
+from probes.layers import activation_layers, forward_place, outermost_blocks
 from stability.module_calls import layer_names
 
 
@@ -38,3 +40,27 @@ def test_activations_are_those_of_parameters_and_of_blocks() -> None:
     names = layer_names(model)
     assert activation_layers(names, set(names.values())) == {"0", "1", "2.inner"}
     assert activation_layers(names, {"0"}) == {"0"}
+
+
+def test_a_layer_that_is_never_called_stands_in_the_module_around_it() -> None:
+    place_of = {"embedding": 0, "blocks.0.attention": 1, "blocks.0": 2, "head": 3}
+    assert forward_place("blocks.0.attention.output", place_of) == 0.5
+    assert forward_place("blocks.0.mlp.hidden", place_of) == 1.5
+    assert forward_place("head", place_of) == 3
+    assert forward_place("codebook", place_of) == -1
+
+
+def test_a_nan_batch_is_told_of_the_first_layer_that_is_called() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=8, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoder(layer, num_layers=1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with probes.attach(model, optimizer, on_divergence="ignore") as probe:
+        for step in range(4):
+            x = torch.randn(2, 3, 8) if step < 3 else torch.full((2, 3, 8), torch.nan)
+            loss = model(x).square().mean()
+            probe.log(loss=loss)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [alert.layer for alert in probe.alerts] == ["0"]
