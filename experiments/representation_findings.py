@@ -65,7 +65,7 @@ def verdicts(comparisons: dict[str, list[Comparison]], scope: Scope) -> dict[str
         scope: Controls, and data sets where attention learned nothing, are left out.
 
     Returns:
-        Metric → sentence, with the scope's remarks.
+        Metric → sentence, those on primary metrics with the scope's remarks.
     """
     claims: dict[str, dict[str, Any]] = {
         "silhouette": {"subject": "Separation (silhouette)", "direction": "higher", "size": 0.25},
@@ -79,8 +79,10 @@ def verdicts(comparisons: dict[str, list[Comparison]], scope: Scope) -> dict[str
     sentences = {}
     for metric, claim in claims.items():
         family = counted(comparisons[metric], scope)
-        said = claim_sentence(comparisons=family, **claim) if family else f"{claim['subject']}: no data."
-        sentences[metric] = said + scope.remarks()
+        said = f"{claim['subject']}: no data set counts."
+        if family:
+            said = claim_sentence(comparisons=family, **claim)
+        sentences[metric] = said + scope.remarks() if metric in PRIMARY else said
     return sentences
 
 

@@ -89,8 +89,11 @@ def read_raw(paths: Sequence[Path]) -> list[RawRun]:
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"Expected runs (.npz), archives (.zip) or a folder of them at {path}.")
-        for file in _files(path):
-            run = _read(file)
+        for name, file in _files(path):
+            try:
+                run = _read(file)
+            except ValueError as error:
+                raise ValueError(f"{name} in {path} cannot be read: {error} Leave it out.") from error
             known = runs.setdefault(run.config["name"], run)
             if known.config != run.config:
                 raise ValueError(
@@ -151,16 +154,20 @@ def attention_statistics(run: RawRun) -> dict[str, float]:
     return found
 
 
-def _files(path: Path) -> Iterator[IO[bytes]]:
+def _files(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """Name and content of each run's file."""
     if path.is_dir():
         for entry in sorted([*path.glob("*.npz"), *path.glob("*.zip")]):
             yield from _files(entry)
     elif path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                yield io.BytesIO(archive.read(name))
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    yield name, io.BytesIO(archive.read(name))
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is no archive, or not all of one ({error}). Leave it out.") from error
     else:
-        yield io.BytesIO(path.read_bytes())
+        yield path.name, io.BytesIO(path.read_bytes())
 
 
 def _read(file: IO[bytes]) -> RawRun:

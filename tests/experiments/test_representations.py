@@ -204,6 +204,17 @@ def changed(source, target, **facts_of_config):
     representations.write_run(target, facts, arrays)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("half.zip", "half.zip is no archive"), ("half.npz", "half.npz in ")]
+)
+def test_a_file_that_cannot_be_reported_is_named(tmp_path, capsys, name, message):
+    (tmp_path / name).write_bytes(b"PK half of a file")
+    assert report([str(tmp_path), "--out", str(tmp_path / "report")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Leave it out." in error
+
+
 def test_two_runs_of_one_name_that_differ_are_not_mixed(work, tmp_path, capsys):
     name = f"tiny-{NAME}-softmax-seed0.npz"
     changed(work / name, tmp_path / name, learning_rate=1e-3)
@@ -231,11 +242,26 @@ def test_runs_that_cannot_be_used_stop_no_other(prepared, work, tmp_path, monkey
     assert zipfile.ZipFile(archive).namelist() == [f"{NAME}-pca.npz"]
 
 
-def test_sigterm_ends_the_queue_and_its_runs(prepared, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def slow_runs(tmp_path, monkeypatch):
     slow = tmp_path / "slow"
     slow.write_text("#!/bin/sh\nexec sleep 60\n")
     slow.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(slow))
+
+
+@pytest.mark.usefixtures("slow_runs")
+def test_runs_that_outlast_a_call_are_ended_and_have_not_failed(prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(representations, "START_SECONDS", 0)
+    monkeypatch.setattr(representations, "GRACE_SECONDS", 0.5)
+    began = time.monotonic()
+    assert main(flags(prepared, tmp_path, "--minutes", "0.02")) == 0
+    assert time.monotonic() - began < 20
+    assert "ended with status -15" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("slow_runs")
+def test_sigterm_ends_the_queue_and_its_runs(prepared, tmp_path, capsys):
     began = time.monotonic()
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
