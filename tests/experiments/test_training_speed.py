@@ -10,6 +10,7 @@ from experiments.attention_contenders import Case, Contender
 from experiments.training_speed import PRESETS, case_name, main, measure_case
 from experiments.training_speed_contenders import PackedAttention, SharedTraining, speed_contenders
 from experiments.training_speed_report import Speed, amdahl, ratios
+from experiments.training_speed_report import main as report
 
 TINY = ["--preset", "tiny", "--rounds", "3"]
 CASE, PADDED = Case(2, 2, 32, 8), Case(2, 2, 32, 8, padding=0.5)
@@ -63,6 +64,27 @@ def test_ratios_by_hand():
     assert fast.predicted == pytest.approx(99 / 87)
     assert fast.gap == pytest.approx(1.1 / (99 / 87) - 1)
     assert fast.needs_explanation  # 3.3 %
+
+
+def test_the_range_over_processes(summary, tmp_path, capsys):
+    files = []
+    for i, ratio in enumerate((1.1, 0.9, 1.05)):
+        results = json.loads(json.dumps(summary["results"]))
+        results[0]["ratios"][0] |= {"ratio": ratio, "is_best": ratio > 1}
+        files.append(tmp_path / f"{i}.json")
+        # The second case was not reached by the last process.
+        files[-1].write_text(json.dumps({"results": results[: 2 if i < 2 else 1]}))
+    assert report([str(file) for file in files]) == 0
+    *_, row = capsys.readouterr().out.strip().split("\n")
+    assert row == "| eager, n 32 | sigmoid, accurate | softmax, torch's choice | 2 of 3 | 0.900 | 1.100 |"
+
+
+@pytest.mark.parametrize("content", [None, "{}", "{"])
+def test_files_that_are_no_summaries(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "file.json").write_text(content)
+    assert report([str(tmp_path / "file.json")]) == 2
+    assert "expected summaries of training_speed" in capsys.readouterr().err
 
 
 def test_amdahl_without_a_change():
