@@ -29,7 +29,7 @@ def run(training, losses, on_step=lambda step: None):
     return training.run(time.monotonic() + 60, on_step)
 
 
-def test_the_lowest_loss_is_kept_and_patience_ends_it(tmp_path):
+def test_the_lowest_loss_is_kept_and_patience_ends_it():
     with training_of(config(), POOL, "cpu") as training:
         biases = {}
 
@@ -45,26 +45,26 @@ def test_the_lowest_loss_is_kept_and_patience_ends_it(tmp_path):
         assert not torch.equal(biases[5], biases[15])
 
 
-def test_steps_end_it_too(tmp_path):
+def test_steps_end_it_too():
     with training_of(config(), POOL, "cpu") as training:
         assert run(training, [5.0, 4.0, 3.0, 2.0, 1.0])
         assert (training.step, training.best_step) == (20, 20)
 
 
-def test_a_loss_that_is_no_number_is_never_best(tmp_path):
+def test_a_loss_that_is_no_number_is_never_best():
     with training_of(config(), POOL, "cpu") as training:
         assert run(training, [5.0, math.nan, math.nan])
         assert (training.best_step, training.step) == (0, 10)
 
 
-def test_time_ends_a_piece(tmp_path):
+def test_time_ends_a_piece():
     with training_of(config(), POOL, "cpu") as training:
         assert not training.run(time.monotonic() - 1)
         assert training.step == 0
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_an_embedding_is_the_mean_of_the_cells_own_tokens(tmp_path, mechanism):
+def test_an_embedding_is_the_mean_of_the_cells_own_tokens(mechanism):
     with training_of(config(mechanism, precision="float32"), POOL, "cpu") as training:
         cells = training.task.validation
         embeddings = training.embed(cells)
@@ -76,7 +76,7 @@ def test_an_embedding_is_the_mean_of_the_cells_own_tokens(tmp_path, mechanism):
             assert np.allclose(states[0].mean(dim=0).detach(), embeddings[i], atol=1e-5)
 
 
-def test_every_hidden_gene_counts_once(tmp_path):
+def test_every_hidden_gene_counts_once():
     with training_of(config(precision="float32"), POOL, "cpu") as training:
         batches = training.task.validation_batches(4)
         summed, count = 0.0, 0
@@ -86,7 +86,7 @@ def test_every_hidden_gene_counts_once(tmp_path):
         assert training.validate() == pytest.approx(summed / count, rel=1e-5)
 
 
-def test_every_cell_has_its_loss(tmp_path):
+def test_every_cell_has_its_loss():
     with training_of(config(precision="float32"), POOL, "cpu") as training:
         losses, counts = training.cell_losses(training.task)
         assert len(losses) == len(counts) == 12
@@ -112,7 +112,7 @@ def test_the_best_weights_are_in_the_checkpoint(tmp_path):
         assert torch.equal(again.model.state_dict()["head_bias"], best)
 
 
-def test_a_run_without_a_finite_loss_has_diverged(tmp_path):
+def test_a_run_without_a_finite_loss_has_diverged():
     with training_of(config(), POOL, "cpu") as training:
 
         def break_it(step):
@@ -126,7 +126,7 @@ def test_a_run_without_a_finite_loss_has_diverged(tmp_path):
         assert training.best_step <= 5
 
 
-def test_the_models_of_the_plan_have_five_million_parameters(tmp_path):
+def test_the_models_of_the_plan_have_five_million_parameters():
     made = run_config("full", "none", "softmax", "final", seed=0, learning_rate=1e-3)
     pool = synthetic_pool(num_genes=1511, num_train=8, num_validation=4)  # the smallest data set's genes
     with training_of(made, pool, "cpu") as training:
@@ -135,7 +135,7 @@ def test_the_models_of_the_plan_have_five_million_parameters(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_training_on_a_gpu(tmp_path, mechanism):
+def test_training_on_a_gpu(mechanism):
     made = run_config("full", "none", mechanism, "final", seed=0, learning_rate=1e-3)
     pool = synthetic_pool(num_genes=500, num_train=64, num_validation=16)
     with training_of(replace(made, steps=100), pool, "cuda") as training:
