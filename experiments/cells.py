@@ -27,7 +27,7 @@ class Cells:
         expression: CSR float32 [cells, genes], log1p of counts per 10,000, no explicit zeros; every cell
             expresses at least one gene.
         genes: Gene names, one per column.
-        labels: Cell type of each cell, or None where none were asked for.
+        labels: Cell type of each cell, empty where the file has none; None where none were asked for.
         source: Where the cells come from, for reports.
         names: Name of each cell in its file, or None where it has none.
     """
@@ -188,7 +188,9 @@ def _from_anndata(data: AnnData, label_column: str | None, source: str) -> Cells
             raise ValueError(
                 f"{source} has no label column {label_column!r}; its columns are {list(data.obs.columns)}."
             )
-        labels = data.obs[label_column].to_numpy().astype(str)[is_expressing]
+        column = data.obs[label_column]
+        # A missing value would become a type of the name "nan".
+        labels = np.where(column.isna(), "", column.astype(str)).astype(str)[is_expressing]
     is_counts = (values == np.round(values)).all() or values.max() > _LARGEST_LOG_VALUE
     expression = expression[is_expressing]
     return Cells(

@@ -25,10 +25,10 @@ _PERPLEXITY_SHARE = 1 / 3
 METRICS = {
     "silhouette": "mean silhouette, in [−1, 1]",
     "silhouette_scib": "(silhouette + 1) / 2",
-    "distance_ratio": "mean distance of cells of two types over that of cells of one",
+    "distance_ratio": "mean distance to cells of other types over that to those of one's own, types alike",
     "purity": f"mean share of a cell's {NEIGHBOURS} nearest neighbours that are of its type",
-    "cohesion": "mean cosine similarity of two cells of one type",
-    "cohesion_gap": "cohesion less the mean cosine similarity of two cells of two types",
+    "cohesion": "cosine similarity to cells of one's type about the training cells' mean, types alike",
+    "cohesion_gap": "cohesion less the same to cells of other types",
     "connectivity": "share of a type's cells that its neighbour graph connects, mean over types",
     "clisi": f"1 where {LISI_NEIGHBOURS} weighted neighbours are of one type, 0 where of all alike; median",
     "nmi": "normalised mutual information of types and k-means clusters",
@@ -36,12 +36,16 @@ METRICS = {
 }
 
 
-def embedding_metrics(embeddings: NDArray[Any], types: NDArray[np.str_]) -> dict[str, float]:
+def embedding_metrics(
+    embeddings: NDArray[Any], types: NDArray[np.str_], centre: NDArray[Any]
+) -> dict[str, float]:
     """All metrics of `METRICS`; higher is better in each.
 
     Args:
         embeddings: [cells, dimensions], finite.
         types: [cells].
+        centre: [dimensions], about which cosines are taken: the mean of the training cells. About the origin
+            embeddings with a large common part are all alike, whatever their types.
 
     Returns:
         Metric → value.
@@ -51,7 +55,7 @@ def embedding_metrics(embeddings: NDArray[Any], types: NDArray[np.str_]) -> dict
 
     Example:
         >>> points = np.array([[0.0, 1.0], [0.0, 1.1], [5.0, 0.0], [5.1, 0.0]])
-        >>> values = embedding_metrics(points, np.array(["a", "a", "b", "b"]))
+        >>> values = embedding_metrics(points, np.array(["a", "a", "b", "b"]), centre=points.mean(axis=0))
         >>> round(values["silhouette"], 2), values["ari"]
         (0.98, 1.0)
     """
@@ -62,6 +66,8 @@ def embedding_metrics(embeddings: NDArray[Any], types: NDArray[np.str_]) -> dict
         raise ValueError(
             f"Expected [cells, dimensions] and [cells]; got {embeddings.shape} and {types.shape}."
         )
+    if np.shape(centre) != embeddings.shape[1:]:
+        raise ValueError(f"Expected a centre of {embeddings.shape[1:]}; got {np.shape(centre)}.")
     if not np.isfinite(embeddings).all():
         raise ValueError("Expected finite embeddings; found NaN or infinity.")
     names, counts = np.unique(types, return_counts=True)
@@ -70,15 +76,15 @@ def embedding_metrics(embeddings: NDArray[Any], types: NDArray[np.str_]) -> dict
     if len(np.unique(types)) < 2:
         raise ValueError("Expected at least two types of two cells; nothing can be told apart.")
     silhouette = float(silhouette_score(embeddings, types))
-    within, between = _cosines(embeddings, types)
+    within, between = (values.mean() for values in _by_type(cosines(embeddings, centre), types))
     nmi, ari = cluster_agreement(embeddings, types)
     return {
         "silhouette": silhouette,
         "silhouette_scib": (silhouette + 1) / 2,
         "distance_ratio": distance_ratio(embeddings, types),
         "purity": purity(embeddings, types),
-        "cohesion": within,
-        "cohesion_gap": within - between,
+        "cohesion": float(within),
+        "cohesion_gap": float(within - between),
         "connectivity": connectivity(embeddings, types),
         "clisi": clisi(embeddings, types),
         "nmi": nmi,
@@ -87,12 +93,11 @@ def embedding_metrics(embeddings: NDArray[Any], types: NDArray[np.str_]) -> dict
 
 
 def distance_ratio(embeddings: NDArray[np.float64], types: NDArray[np.str_]) -> float:
-    """Mean distance over pairs of cells of two types, over that of pairs of one type."""
+    """Mean distance of a type's cells to those of others, over that to each other; both means over types."""
     from sklearn.metrics import pairwise_distances
 
-    is_within, is_between = _pairs(types)
-    distances = pairwise_distances(embeddings)
-    return float(distances[is_between].mean() / distances[is_within].mean())
+    within, between = _by_type(pairwise_distances(embeddings), types)
+    return float(between.mean() / within.mean())
 
 
 def purity(embeddings: NDArray[np.float64], types: NDArray[np.str_]) -> float:
@@ -143,19 +148,26 @@ def cluster_agreement(embeddings: NDArray[np.float64], types: NDArray[np.str_]) 
     return float(normalized_mutual_info_score(types, clusters)), float(adjusted_rand_score(types, clusters))
 
 
-def _cosines(embeddings: NDArray[np.float64], types: NDArray[np.str_]) -> tuple[float, float]:
-    """Mean cosine similarity over pairs of one type, and over pairs of two."""
+def cosines(embeddings: NDArray[np.float64], centre: NDArray[Any]) -> NDArray[np.float64]:
+    """[cells, cells] cosine similarities about a centre; 0 for a cell that lies on it."""
+    embeddings = embeddings - centre
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     directions = embeddings / np.where(norms > 0, norms, 1.0)
-    cosines = directions @ directions.T
-    is_within, is_between = _pairs(types)
-    return float(cosines[is_within].mean()), float(cosines[is_between].mean())
+    return directions @ directions.T
 
 
-def _pairs(types: NDArray[np.str_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """[cells, cells] bool, pairs of one type without a cell's pair with itself, and pairs of two types."""
-    is_same = types[:, None] == types
-    return is_same & ~np.eye(len(types), dtype=bool), ~is_same
+def _by_type(
+    matrix: NDArray[np.float64], types: NDArray[np.str_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[types] means over the pairs within each type, and over its cells with those of all others."""
+    within, between = [], []
+    for name in np.unique(types):
+        is_own = types == name
+        rows = matrix[is_own]
+        own = rows[:, is_own]
+        within.append((own.sum() - own.trace()) / (len(own) * (len(own) - 1)))
+        between.append(rows[:, ~is_own].mean())
+    return np.array(within), np.array(between)
 
 
 def _nearest(embeddings: NDArray[np.float64], count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

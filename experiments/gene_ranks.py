@@ -166,8 +166,8 @@ class RankTask:
         losses = []
         for batch in self.validation_batches(self.batch_size):
             ranks = batch.hidden.numpy() % batch.tokens.shape[1]
-            losses.append(-np.log(shares[ranks // RANKS_PER_GROUP, batch.genes.numpy()]).mean())
-        return float(np.mean(losses))
+            losses.append(-np.log(shares[ranks // RANKS_PER_GROUP, batch.genes.numpy()]))
+        return float(np.concatenate(losses).mean())
 
     def model(self, config: CellTransformerConfig) -> RankTransformer:
         """The model of this task."""

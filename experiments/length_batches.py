@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from experiments.cell_pool import CellPool
 from experiments.gene_ranks import RankBatch, RankTask, mask_genes
@@ -63,6 +64,7 @@ class LengthAwareRankTask(RankTask):
         self.max_tokens = batch_size * tokens
         self._batches: list[NDArray[np.int64]] = []
         self._passes = 0
+        self._looks: list[tuple[NDArray[np.int64], RankBatch]] = []
 
     def batch(self, step: int) -> RankBatch:
         """The batch of a training step, on the CPU."""
@@ -71,9 +73,22 @@ class LengthAwareRankTask(RankTask):
 
     def validation_batches(self, batch_size: int) -> list[RankBatch]:
         """Every validation cell once, masked alike each time and for every seed."""
-        generator = np.random.default_rng(0)
-        chosen = length_batches(self.validation.lengths, self.max_tokens)
-        return [mask_genes(self.validation, cells, self.num_genes, generator) for cells in chosen]
+        return [batch for _, batch in self.looks()]
+
+    def looks(self) -> list[tuple[NDArray[np.int64], RankBatch]]:
+        """The validation batches, each with which cells are in it."""
+        if not self._looks:
+            generator = np.random.default_rng(0)
+            self._looks = [
+                (cells, mask_genes(self.validation, cells, self.num_genes, generator))
+                for cells in length_batches(self.validation.lengths, self.max_tokens)
+            ]
+        return self._looks
+
+    def hidden_losses(self, model: nn.Module, batch: RankBatch) -> Tensor:
+        """[k] float32 cross-entropy of each masked gene."""
+        logits = model(batch.tokens, batch.hidden, batch.lengths)
+        return nn.functional.cross_entropy(logits.float(), batch.genes, reduction="none")
 
     def tokens_trained(self, steps: int) -> tuple[int, int]:
         """What the first steps see.

@@ -147,7 +147,7 @@ def train_piece(
     paths = RunPaths.of(config.name, work)
     training = ResumableTraining(config, task_of(config, pool_of(config, cells)), device)
     is_finished = False
-    with _sigterm_stops(training):
+    with sigterm_stops(training):
         try:
             with training.probe:
                 if paths.checkpoint.exists():
@@ -165,7 +165,8 @@ def train_piece(
 
 
 @contextmanager
-def _sigterm_stops(training: ResumableTraining) -> Iterator[None]:
+def sigterm_stops(training: ResumableTraining) -> Iterator[None]:
+    """Let SIGTERM end a piece like its time; on the main thread alone."""
     before = signal.signal(signal.SIGTERM, lambda *_: training.stop())
     try:
         yield

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 LEVEL = 0.05
+# Below this mean of softmax no share is taken of it: zero is no natural end of a silhouette's scale.
+LEAST_MEAN = 0.05
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,25 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Overall:
-    """Relative difference over data sets: the mean difference over softmax's mean.
+    """Mean difference over data sets, as it is and over softmax's mean.
 
     A ratio of means, not a mean of ratios: a silhouette near 0 on one data set would outweigh all others.
 
     Attributes:
-        relative: As a share, 0.25 is 25 %.
+        softmax: Mean of softmax.
+        difference: Sigmoid less softmax.
+        difference_low: Lower end of its 95 % interval.
+        difference_high: Upper end.
+        relative: The difference as a share of softmax's mean, 0.25 is 25 %; NaN where that is below 0.05.
         low: Lower end of its 95 % interval.
         high: Upper end.
         datasets: Of how many.
     """
 
+    softmax: float
+    difference: float
+    difference_low: float
+    difference_high: float
     relative: float
     low: float
     high: float
@@ -101,7 +111,8 @@ def compare(
 
     Args:
         values: Data set → softmax's and sigmoid's values of the same seeds, in the same order.
-        family: How many comparisons intervals and p-values are corrected for; None: as many as are given.
+        family: How many comparisons intervals and p-values are corrected for, those yet to come among them,
+            which count as the largest p-values; None: as many as are given.
 
     Returns:
         One comparison a data set. With fewer than two pairs intervals and p-value are NaN, and with equal
@@ -115,7 +126,8 @@ def compare(
     """
     family = len(values) if family is None else family
     raw = {name: _paired_t(sigmoid - softmax, LEVEL / family) for name, (softmax, sigmoid) in values.items()}
-    adjusted = holm([p for _, _, p in raw.values()])
+    yet_to_come = [float("nan")] * (family - len(values))
+    adjusted = holm([p for _, _, p in raw.values()] + yet_to_come)[: len(values)]
     found = []
     for (name, (softmax, sigmoid)), p in zip(values.items(), adjusted, strict=True):
         low, high, _ = raw[name]
@@ -125,16 +137,16 @@ def compare(
 
 
 def overall(comparisons: Sequence[Comparison]) -> Overall:
-    """The relative difference r = Σ d / Σ s over data sets k, d the differences and s softmax's means.
+    """The mean difference d over data sets k, and the relative one r = Σ d / Σ s, s being softmax's means.
 
-    Its variance is that of the residuals d_k − r s_k over the squared mean of s (ratio estimator).
+    The ratio's variance is that of the residuals d_k − r s_k over the squared mean of s (ratio estimator).
 
     Args:
         comparisons: Of one metric.
 
     Returns:
-        Ratio and 95 % interval with K − 1 degrees of freedom; NaN where the mean of s is not positive, and no
-        interval for a single data set.
+        Both with 95 % intervals of K − 1 degrees of freedom; no ratio where the mean of s is below
+        `LEAST_MEAN`, and no intervals for a single data set.
 
     Source:
         Cochran, Sampling Techniques, 3rd edition (1977), chapter 6.
@@ -147,12 +159,14 @@ def overall(comparisons: Sequence[Comparison]) -> Overall:
     """
     softmax = np.array([comparison.softmax for comparison in comparisons])
     differences = np.array([comparison.difference for comparison in comparisons])
-    if not softmax.mean() > 0:
+    mean, difference = float(softmax.mean()), float(differences.mean())
+    absolute = mean, difference, *_paired_t(differences, LEVEL)[:2]
+    if not mean >= LEAST_MEAN:
         nan = float("nan")
-        return Overall(nan, nan, nan, len(comparisons))
-    ratio = float(differences.mean() / softmax.mean())
-    low, high, _ = _paired_t((differences - ratio * softmax) / softmax.mean(), LEVEL)
-    return Overall(ratio, ratio + low, ratio + high, len(comparisons))
+        return Overall(*absolute, nan, nan, nan, len(comparisons))
+    ratio = difference / mean
+    low, high, _ = _paired_t((differences - ratio * softmax) / mean, LEVEL)
+    return Overall(*absolute, ratio, ratio + low, ratio + high, len(comparisons))
 
 
 def _paired_t(differences: NDArray[np.float64], level: float) -> tuple[float, float, float]:
@@ -174,7 +188,9 @@ def claim_sentence(
     direction: Literal["higher", "lower"],
     size: float = 0.0,
 ) -> str:
-    """What the numbers say of a claimed relative difference, in a sentence made of them alone.
+    """What the numbers say of a claim, in a sentence made of them alone.
+
+    A claim with a size is held against the relative difference, one without against the difference itself.
 
     Args:
         subject: Of the sentence, such as "Silhouette".
@@ -186,25 +202,32 @@ def claim_sentence(
         The sentence.
     """
     total = overall(comparisons)
-    claim = f"{size:.0%} {direction}" if size else direction
-    # Of a single data set there is no interval.
+    is_single = total.datasets == 1
+    over = "a single data set, which decides nothing"
+    if not is_single:
+        ends = f"{total.difference_low:+.4f} to {total.difference_high:+.4f}"
+        over = f"95 % interval over {total.datasets} data sets {ends}"
+    found = f"sigmoid {total.difference:+.4f} against softmax's mean of {total.softmax:.4f} ({over})"
+    low, high = total.difference_low, total.difference_high
+    claim, least = str(direction), 0.0
     if np.isnan(total.relative):
-        found = "the relative difference is not defined, softmax's mean not being positive"
+        found += f", of which no share is taken, that mean being below {LEAST_MEAN:g}"
     else:
-        sign = 1 if direction == "higher" else -1
-        least, most = sorted((sign * total.low, sign * total.high))
-        answer = "neither reached nor excluded"
-        if least > 0 and least >= size:
-            answer = "reached"
-        elif most <= size:
-            answer = "excluded"
-        interval = f"95 % interval over {total.datasets} data sets {total.low:+.1%} to {total.high:+.1%}"
-        if np.isnan(total.low):
-            interval = "a single data set, which decides nothing"
-        found = f"sigmoid {total.relative:+.1%} against softmax ({interval}), "
-        found += f"so that the claim of {claim} is {answer}"
+        found += f", {total.relative:+.1%}"
+        if size:
+            claim, least, low, high = f"{size:.0%} {direction}", size, total.low, total.high
+            found += "" if is_single else f" ({low:+.1%} to {high:+.1%})"
+    bottom, top = (low, high) if direction == "higher" else (-high, -low)
+    answer = "neither reached nor excluded"
+    if bottom > 0 and bottom >= least:
+        answer = "reached"
+    elif top <= least:
+        answer = "excluded"
     higher, lower, undecided = (_names(comparisons, verdict) for verdict in ("higher", "lower", "undecided"))
-    return f"{subject}: {found}; higher in {higher}, lower in {lower}, undecided in {undecided} (Holm, 5 %)."
+    return (
+        f"{subject}: {found}, so that the claim of {claim} is {answer}; "
+        f"higher in {higher}, lower in {lower}, undecided in {undecided} (Holm, 5 %)."
+    )
 
 
 def _names(comparisons: Sequence[Comparison], verdict: str) -> str:

@@ -37,7 +37,7 @@ SPLIT_SEED = 0
 
 
 def prepare(dataset: Dataset) -> PreparedCells:
-    """Read, split, and embed the held-out cells by the baseline.
+    """Read, split, and embed the held-out cells by the baseline; cells without a type are left out.
 
     Args:
         dataset: What to read.
@@ -47,18 +47,37 @@ def prepare(dataset: Dataset) -> PreparedCells:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be used, or lacks a column.
+        ValueError: The file cannot be used, lacks a column, or has cells without a group.
     """
     check_files([dataset])
     cells = read_cells(dataset.file, label_column=dataset.label)
     groups = None
     if dataset.group is not None:
         groups = read_cells(dataset.file, label_column=dataset.group).labels
+    cells, groups = _with_types(dataset, cells, groups)
     assert cells.labels is not None
     split = split_cells(cells.labels, groups, seed=SPLIT_SEED)
     if dataset.group is not None:
         split = replace(split, rule=f"{split.rule} ({dataset.group})")
-    return PreparedCells(cells, split, pca_embeddings(cells, split), dataset.is_control)
+    return PreparedCells(cells, split, pca_embeddings(cells, split), dataset.is_control, groups)
+
+
+def _with_types(
+    dataset: Dataset, cells: Cells, groups: NDArray[np.str_] | None
+) -> tuple[Cells, NDArray[np.str_] | None]:
+    """The cells that have a type, and their groups."""
+    assert cells.labels is not None
+    is_kept = cells.labels != ""
+    if not is_kept.all():
+        print(f"{dataset.name}: {(~is_kept).sum()} cells without {dataset.label} are left out.")
+        cells = Cells(cells.expression[is_kept], cells.genes, cells.labels[is_kept], cells.source)
+        groups = None if groups is None else groups[is_kept]
+    if groups is not None and (groups == "").any():
+        raise ValueError(
+            f"Expected a {dataset.group} of every cell in {dataset.file}; {(groups == '').sum()} have none. "
+            "Leave --group out, or give a column without gaps."
+        )
+    return cells, groups
 
 
 def pca_embeddings(cells: Cells, split: CellSplit) -> NDArray[np.float32]:

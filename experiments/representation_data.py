@@ -7,6 +7,7 @@ anndata is installed and writes expression, types, split and the baseline's embe
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,12 +103,28 @@ class PreparedCells:
         split: Which of them train, choose and are held out.
         pca: [held-out cells, components] float32, the baseline's embeddings.
         is_control: See `Dataset`.
+        groups: [cells] donor, batch or the like of each; None where the file names none.
     """
 
     cells: Cells
     split: CellSplit
     pca: NDArray[np.float32]
     is_control: bool
+    groups: NDArray[np.str_] | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of genes, types, groups, split and expression: all that a run is trained and judged on."""
+        expression = self.cells.expression
+        found = hashlib.sha256()
+        for names in (self.cells.genes, self.cells.labels, self.groups):
+            found.update(b"\0" if names is None else "\n".join(map(str, names)).encode() + b"\0")
+        for is_side in (self.split.is_test, self.split.is_validation):
+            found.update(np.packbits(is_side).tobytes())
+        for places in (expression.indptr, expression.indices):
+            found.update(places.astype("<i8").tobytes())
+        found.update(expression.data.astype("<f4").tobytes())
+        return found.hexdigest()
 
     def side(self, is_chosen: NDArray[np.bool_]) -> Cells:
         """The cells of one side of the split."""
@@ -164,6 +181,8 @@ def write_prepared(path: Path, prepared: dict[str, PreparedCells]) -> None:
             f"{name}/pca": each.pca,
             f"{name}/is_control": np.array(each.is_control),
         }
+        if each.groups is not None:
+            arrays[f"{name}/groups"] = each.groups.astype(str)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:  # numpy would append .npz to another name
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
@@ -215,7 +234,8 @@ def read_prepared(path: Path, name: str) -> PreparedCells:
             content[f"{name}/is_test"], content[f"{name}/is_validation"], str(content[f"{name}/rule"])
         )
         pca, is_control = content[f"{name}/pca"], bool(content[f"{name}/is_control"])
+        groups = content.get(f"{name}/groups")
     expression = sparse.csr_matrix(
         (values, genes_of_values.astype(np.int32), starts), shape=(len(starts) - 1, len(genes))
     )
-    return PreparedCells(Cells(expression, genes, labels, str(source)), split, pca, is_control)
+    return PreparedCells(Cells(expression, genes, labels, str(source)), split, pca, is_control, groups)

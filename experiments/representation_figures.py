@@ -76,7 +76,7 @@ def draw_embeddings(path: Path, runs: Sequence[RawRun]) -> None:
             panel.set_xticks([])
             panel.set_yticks([])
             panel.set_title(f"{dataset}, {name}" if name == PANELS[0] else name, fontsize=8)
-            if name in found:
+            if name in found and found[name][0] is not None:
                 _scatter(panel, *found[name])
         panel.legend(fontsize=5, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
     figure.suptitle("Held-out cells by t-SNE, coloured by type; the first seed", fontsize=10)
@@ -95,13 +95,13 @@ def _by_dataset(runs: Sequence[RawRun]) -> dict[str, dict[str, Picture]]:
         softmax, sigmoid = (final.get((dataset, mechanism, seed)) for mechanism in ("softmax", "sigmoid"))
         if dataset not in pictures and softmax is not None and sigmoid is not None:
             pictures[dataset] = {
-                "untrained": (softmax.untrained, softmax.labels),
-                "softmax": (softmax.embeddings, softmax.labels),
-                "sigmoid": (sigmoid.embeddings, sigmoid.labels),
+                "untrained": (softmax.arrays.get("untrained"), softmax.arrays["labels"]),
+                "softmax": (softmax.arrays["embeddings"], softmax.arrays["labels"]),
+                "sigmoid": (sigmoid.arrays["embeddings"], sigmoid.arrays["labels"]),
             }
     for run in runs:
         if run.config["purpose"] == "baseline" and run.config["dataset"] in pictures:
-            pictures[run.config["dataset"]]["PCA"] = (run.embeddings, run.labels)
+            pictures[run.config["dataset"]]["PCA"] = (run.arrays["embeddings"], run.arrays["labels"])
     return pictures
 
 

@@ -1,4 +1,4 @@
-"""What judged runs say: paired comparisons, verdicts on the claims, chosen rates, attention and outcome."""
+"""What judged runs say: paired comparisons, verdicts on the claims, attention and outcome."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from scipy import stats
 
 from experiments.embedding_metrics import METRICS
 from experiments.paired_comparison import Comparison, claim_sentence, compare
-from experiments.representation_plan import best_rate
-from experiments.representation_results import ATTENTION, Judged, RawRun
+from experiments.representation_results import ATTENTION, Judged
+from experiments.representation_scope import Scope
 
 LOSSES = {
     "held_out_loss": "cross-entropy of masked genes of held-out cells, nats",
@@ -25,12 +25,12 @@ PRIMARY = {
 }
 
 
-def compare_all(judged: Sequence[Judged], controls: set[str]) -> dict[str, list[Comparison]]:
+def compare_all(judged: Sequence[Judged], scope: Scope) -> dict[str, list[Comparison]]:
     """Paired comparisons of every metric.
 
     Args:
         judged: Of all runs.
-        controls: Data sets that stand apart: their comparisons come last and count in no family.
+        scope: Its family is what is corrected for; comparisons of controls come last, in no family.
 
     Returns:
         Metric → comparisons.
@@ -52,20 +52,20 @@ def compare_all(judged: Sequence[Judged], controls: set[str]) -> dict[str, list[
                     np.array([values[dataset, method, seed][metric] for seed in seeds])
                     for method in ("softmax", "sigmoid")
                 )
-                (apart if dataset in controls else family)[dataset] = (softmax, sigmoid)
-        found[metric] = compare(family) + compare(apart)
+                (apart if dataset in scope.controls else family)[dataset] = (softmax, sigmoid)
+        found[metric] = compare(family, family=len(scope.planned)) + compare(apart)
     return found
 
 
-def verdicts(comparisons: dict[str, list[Comparison]], controls: set[str]) -> dict[str, str]:
+def verdicts(comparisons: dict[str, list[Comparison]], scope: Scope) -> dict[str, str]:
     """One sentence for each claim, and for the other definitions of separation and loss.
 
     Args:
         comparisons: Of `compare_all`.
-        controls: Left out.
+        scope: Controls, and data sets where attention learned nothing, are left out.
 
     Returns:
-        Metric → sentence; empty where there are no pairs.
+        Metric → sentence, those on primary metrics with the scope's remarks.
     """
     claims: dict[str, dict[str, Any]] = {
         "silhouette": {"subject": "Separation (silhouette)", "direction": "higher", "size": 0.25},
@@ -78,9 +78,18 @@ def verdicts(comparisons: dict[str, list[Comparison]], controls: set[str]) -> di
     }
     sentences = {}
     for metric, claim in claims.items():
-        if family := [each for each in comparisons[metric] if each.dataset not in controls]:
-            sentences[metric] = claim_sentence(comparisons=family, **claim)
+        family = counted(comparisons[metric], scope)
+        said = f"{claim['subject']}: no data set counts."
+        if family:
+            said = claim_sentence(comparisons=family, **claim)
+        sentences[metric] = said + scope.remarks() if metric in PRIMARY else said
     return sentences
+
+
+def counted(comparisons: Sequence[Comparison], scope: Scope) -> list[Comparison]:
+    """Those that decide: neither controls nor data sets where attention learned nothing."""
+    left_out = scope.controls | set(scope.unlearned)
+    return [each for each in comparisons if each.dataset not in left_out]
 
 
 def attention_relations(judged: Sequence[Judged]) -> list[dict[str, Any]]:
@@ -116,30 +125,6 @@ def attention_relations(judged: Sequence[Judged]) -> list[dict[str, Any]]:
                         {"method": method, "quantity": quantity, "outcome": outcome, "runs": len(x),
                          "correlation": correlation, "low": low, "high": high}
                     )  # fmt: skip
-    return rows
-
-
-def selections(runs: Sequence[RawRun]) -> list[dict[str, Any]]:
-    """Validation losses of the grid, and the rate that was chosen.
-
-    Args:
-        runs: All.
-
-    Returns:
-        One entry per data set and mechanism.
-    """
-    losses: dict[tuple[str, str], dict[float, float]] = {}
-    for run in runs:
-        if run.config["purpose"] == "selection":
-            key = run.config["dataset"], run.config["mechanism"]
-            losses.setdefault(key, {})[run.config["learning_rate"]] = run.facts["validation_loss"]
-    rows = []
-    for (dataset, mechanism), by_rate in losses.items():
-        rate = best_rate(by_rate)
-        rows.append(
-            {"dataset": dataset, "mechanism": mechanism, "validation_losses": dict(sorted(by_rate.items())),
-             "chosen": rate, "is_edge": len(by_rate) > 1 and rate in (min(by_rate), max(by_rate))}
-        )  # fmt: skip
     return rows
 
 

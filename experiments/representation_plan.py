@@ -1,19 +1,21 @@
-"""The plan of the representation experiment: sizes, budgets, grid, seeds, and how rates are chosen.
+"""The plan of the representation experiment: sizes, budgets, rates, seeds, and how a rate is chosen.
 
 Fixed before any result; docs/representations.md says why. Both mechanisms have the same runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 from experiments.cell_transformer import MECHANISMS, Mechanism
 from experiments.run_config import RunConfig
 
 Purpose = Literal["selection", "final"]
-SELECTION_SEED = 1000  # none of the final seeds
+FIRST_SELECTION_SEED = 1000  # none of the final seeds
 NUM_SEEDS = 10
 
 
@@ -23,12 +25,14 @@ class RepresentationConfig(RunConfig):
 
     Attributes:
         dataset: Of the prepared file.
+        data_digest: Of its cells, types and split; see `PreparedCells.digest`.
         purpose: "selection" tries a learning rate, and keeps no embeddings; "final" is judged.
         validate_every: Steps between two looks at the validation cells.
         patience: Looks without a new best after which training ends; the best weights are kept.
     """
 
     dataset: str = ""
+    data_digest: str = ""
     purpose: Purpose = "final"
     validate_every: int = 50
     patience: int = 10
@@ -39,11 +43,15 @@ class Scale:
     """What a preset decides.
 
     Attributes:
-        learning_rates: The grid.
+        rates: Learning rates that may be tried, rising.
+        first_rates: Those that are tried in any case; the others where the best of these is at an edge.
+        selection_seeds: Runs that try a rate.
         settings: Fields of `RepresentationConfig`.
     """
 
-    learning_rates: tuple[float, ...]
+    rates: tuple[float, ...]
+    first_rates: tuple[float, ...]
+    selection_seeds: int
     settings: dict[str, Any]
 
 
@@ -52,7 +60,9 @@ _COMMON: dict[str, Any] = {"task": "ranks", "preset": "laptop", "clip_norm": 1.0
 SCALES = {
     # 4.74 million parameters in the blocks, at least 5.17 with the genes of the smallest data set.
     "full": Scale(
-        learning_rates=(3e-4, 1e-3, 3e-3, 1e-2),
+        rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        first_rates=(3e-4, 1e-3, 3e-3),
+        selection_seeds=3,
         settings={
             **_COMMON,
             "model": {"embed_dim": 256, "num_layers": 6, "num_heads": 4},
@@ -62,7 +72,9 @@ SCALES = {
         },
     ),
     "laptop": Scale(
-        learning_rates=(1e-3, 3e-3),
+        rates=(1e-3, 3e-3),
+        first_rates=(1e-3, 3e-3),
+        selection_seeds=1,
         settings={
             **_COMMON,
             "model": {"embed_dim": 64, "num_layers": 2, "num_heads": 2},
@@ -74,7 +86,9 @@ SCALES = {
         },
     ),
     "tiny": Scale(
-        learning_rates=(1e-3, 1e-2),
+        rates=(1e-3, 1e-2),
+        first_rates=(1e-3, 1e-2),
+        selection_seeds=1,
         settings={
             **_COMMON,
             "model": {"embed_dim": 16, "num_layers": 1, "num_heads": 2},
@@ -90,7 +104,14 @@ SCALES = {
 
 
 def run_config(
-    scale: str, dataset: str, mechanism: Mechanism, purpose: Purpose, *, seed: int, learning_rate: float
+    scale: str,
+    dataset: str,
+    mechanism: Mechanism,
+    purpose: Purpose,
+    *,
+    seed: int,
+    learning_rate: float,
+    data_digest: str = "",
 ) -> RepresentationConfig:
     """One run.
 
@@ -101,19 +122,21 @@ def run_config(
         purpose: See `RepresentationConfig`.
         seed: Of initial weights, order of cells and masks.
         learning_rate: Of AdamW, after warm-up.
+        data_digest: See `RepresentationConfig`.
 
     Returns:
         Its configuration.
 
     Example:
         >>> run_config("tiny", "gut", "sigmoid", "selection", seed=1000, learning_rate=1e-3).name
-        'tiny-gut-sigmoid-rate0.001'
+        'tiny-gut-sigmoid-rate0.001-seed1000'
     """
-    ending = f"seed{seed}" if purpose == "final" else f"rate{learning_rate:g}"
+    tried = f"rate{learning_rate:g}-" if purpose == "selection" else ""
     return RepresentationConfig(
-        name=f"{scale}-{dataset}-{mechanism}-{ending}",
+        name=f"{scale}-{dataset}-{mechanism}-{tried}seed{seed}",
         mechanism=mechanism,
         dataset=dataset,
+        data_digest=data_digest,
         purpose=purpose,
         seed=seed,
         learning_rate=learning_rate,
@@ -121,28 +144,60 @@ def run_config(
     )
 
 
-def selection_runs(scale: str, dataset: str, mechanism: Mechanism) -> list[RepresentationConfig]:
-    """The runs that choose the learning rate of one mechanism on one data set."""
+def selection_runs(
+    scale: str, dataset: str, mechanism: Mechanism, rate: float, data_digest: str = ""
+) -> list[RepresentationConfig]:
+    """The runs that try one learning rate with one mechanism on one data set."""
+    first = FIRST_SELECTION_SEED
     return [
-        run_config(scale, dataset, mechanism, "selection", seed=SELECTION_SEED, learning_rate=rate)
-        for rate in SCALES[scale].learning_rates
+        run_config(
+            scale, dataset, mechanism, "selection", seed=seed, learning_rate=rate, data_digest=data_digest
+        )
+        for seed in range(first, first + SCALES[scale].selection_seeds)
     ]
 
 
-def best_rate(validation_losses: dict[float, float]) -> float:
-    """The learning rate with the lowest validation loss; of equal ones the lower rate.
+def best_rate(validation_losses: Mapping[float, Sequence[float]]) -> float | None:
+    """The learning rate with the lowest mean validation loss over its seeds; of equal ones the lower rate.
 
     Args:
-        validation_losses: Best validation loss of each learning rate.
+        validation_losses: Lowest validation loss of each seed, by learning rate.
 
     Returns:
-        The rate.
+        The rate; None if at every rate the loss of some seed is no finite number.
 
     Example:
-        >>> best_rate({1e-3: 5.0, 3e-3: 4.5, 1e-2: 7.0})
+        >>> best_rate({1e-3: [5.0, 5.2], 3e-3: [4.5, 4.6], 1e-2: [4.0, float("nan")]})
         0.003
     """
-    return min(sorted(validation_losses), key=validation_losses.__getitem__)
+    means = {rate: fmean(losses) for rate, losses in sorted(validation_losses.items())}
+    finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}
+    return min(finite, key=finite.__getitem__, default=None)
+
+
+def further_rates(
+    rates: Sequence[float], tried: Iterable[float], best: Iterable[float | None]
+) -> list[float]:
+    """The rates next to the tried ones, on the sides where a mechanism was best; all mechanisms try them.
+
+    Args:
+        rates: All that may be tried, rising.
+        tried: Those that were, without gaps.
+        best: The best of each mechanism.
+
+    Returns:
+        None, one or two.
+
+    Example:
+        >>> further_rates((1, 2, 3, 4, 5), tried=(2, 3, 4), best=(3, 4))
+        [5]
+    """
+    places = [rates.index(rate) for rate in tried]
+    found = []
+    for edge, beyond in ((min(places), min(places) - 1), (max(places), max(places) + 1)):
+        if rates[edge] in best and 0 <= beyond < len(rates):
+            found.append(rates[beyond])
+    return found
 
 
 def pairs(datasets: Sequence[str]) -> Iterator[tuple[str, Mechanism]]:

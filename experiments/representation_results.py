@@ -24,6 +24,12 @@ ATTENTION = (
 )
 
 
+ARRAYS = (
+    *("embeddings", "embeddings_centre", "untrained", "untrained_centre"),
+    *("labels", "groups", "losses", "hidden"),
+)
+
+
 @dataclass(frozen=True)
 class RawRun:
     """The file of one run, or of the baseline.
@@ -31,16 +37,14 @@ class RawRun:
     Attributes:
         facts: Configuration and outcome.
         records: What the probes recorded.
-        embeddings: [held-out cells, dimensions]; None of a run that tried a learning rate.
-        untrained: The same by the initial weights; None of the baseline too.
-        labels: [held-out cells] types; None where embeddings are.
+        arrays: Of held-out cells: "embeddings" [cells, dimensions], "labels" and "groups" [cells], and of a
+            model "losses" and "hidden" [cells]; "untrained" of the first seeds. The training cells' mean is
+            "embeddings_centre" [dimensions]. A run that tried a learning rate has none.
     """
 
     facts: dict[str, Any]
     records: RecordedRun
-    embeddings: NDArray[np.floating] | None
-    untrained: NDArray[np.floating] | None
-    labels: NDArray[np.str_] | None
+    arrays: dict[str, NDArray[Any]]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -77,15 +81,23 @@ def read_raw(paths: Sequence[Path]) -> list[RawRun]:
 
     Raises:
         FileNotFoundError: A path is not there, or there is no run in any.
-        ValueError: A file is no run's, or they are of several presets.
+        ValueError: A file is no run's, two runs of one name differ, or they are of several presets.
     """
     runs: dict[str, RawRun] = {}
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"Expected runs (.npz), archives (.zip) or a folder of them at {path}.")
-        for _, file in run_files(path):
-            run = _read(file)
-            runs[run.config["name"]] = run
+        for name, file in run_files(path):
+            try:
+                run = _read(file)
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be read: {error} Leave it out.") from error
+            known = runs.setdefault(run.config["name"], run)
+            if known.config != run.config:
+                raise ValueError(
+                    f"Expected one run {run.config['name']}; {path} has another than a file before, with "
+                    "other settings or cells. Leave one of them out."
+                )
     if not runs:
         raise FileNotFoundError(
             f"Expected runs of `experiments.representations`; found none in {', '.join(map(str, paths))}."
@@ -104,22 +116,18 @@ def judge(run: RawRun) -> list[Judged]:
     Returns:
         One entry per set of embeddings.
     """
-    if run.embeddings is None:
+    if "embeddings" not in run.arrays:
         return []
-    assert run.labels is not None
     config = run.config
+    found = _metrics(run, "embeddings")
     if config["purpose"] == "baseline":
-        return [Judged(config["dataset"], "PCA", None, embedding_metrics(run.embeddings, run.labels))]
-    assert run.untrained is not None
-    place = config["dataset"], config["mechanism"], config["seed"]
-    losses = {name: run.facts[name] for name in ("held_out_loss", "validation_loss")}
-    trained = {
-        **embedding_metrics(run.embeddings, run.labels),
-        **losses,
-        **attention_statistics(run),
-    }
-    untrained = embedding_metrics(run.untrained, run.labels)
-    return [Judged(*place, trained), Judged(place[0], f"{place[1]} untrained", place[2], untrained)]
+        return [Judged(config["dataset"], "PCA", None, found)]
+    dataset, mechanism, seed = config["dataset"], config["mechanism"], config["seed"]
+    found |= {name: run.facts[name] for name in ("held_out_loss", "validation_loss")}
+    judged = [Judged(dataset, mechanism, seed, found | attention_statistics(run))]
+    if "untrained" in run.arrays:
+        judged.append(Judged(dataset, f"{mechanism} untrained", seed, _metrics(run, "untrained")))
+    return judged
 
 
 def attention_statistics(run: RawRun) -> dict[str, float]:
@@ -148,5 +156,9 @@ def _read(file: IO[bytes]) -> RawRun:
     records = read_run(file)
     file.seek(0)
     with np.load(file) as content:
-        embeddings, untrained, labels = (content.get(name) for name in ("embeddings", "untrained", "labels"))
-    return RawRun(records.facts, records, embeddings, untrained, labels)
+        arrays = {name: content[name] for name in ARRAYS if name in content}
+    return RawRun(records.facts, records, arrays)
+
+
+def _metrics(run: RawRun, name: str) -> dict[str, float]:
+    return embedding_metrics(run.arrays[name], run.arrays["labels"], run.arrays[f"{name}_centre"])

@@ -31,26 +31,29 @@ from experiments.command_line import (
     positive_float,
 )
 from experiments.length_batches import LengthAwareRankTask
-from experiments.long_run import RunPaths
+from experiments.long_run import RunPaths, sigterm_stops
 from experiments.prepare_representations import DEFAULT_OUT
 from experiments.provenance import provenance
-from experiments.representation_data import read_prepared
-from experiments.representation_plan import SCALES, SELECTION_SEED, RepresentationConfig, run_config
+from experiments.representation_data import PreparedCells, read_prepared
+from experiments.representation_plan import SCALES, RepresentationConfig, run_config
 from experiments.representation_training import PatientTraining, training_of
 from experiments.run_records import Arrays, write_run
 from probes.record import ALL_LAYERS, Series
 
 DEFAULT_WORK = Path("runs/representations")
+UNTRAINED_SEEDS = 3  # of so many the untrained embeddings are kept, too: they fill half a file
 
 
 def train_piece(
-    config: RepresentationConfig, *, prepared: Path, work: Path, device: str, minutes: float
+    config: RepresentationConfig, data: PreparedCells, *, work: Path, device: str, minutes: float
 ) -> bool:
     """A piece of a run, from its checkpoint if there is one; the last piece writes the run's file.
 
+    SIGTERM ends the piece like its time. Signals are handled on the main thread, so call it there.
+
     Args:
         config: The run.
-        prepared: Of `python -m experiments.prepare_representations`.
+        data: Its data set.
         work: Folder of checkpoints and results.
         device: "cpu" or "cuda".
         minutes: Time for training in this piece.
@@ -61,8 +64,6 @@ def train_piece(
     deadline = time.monotonic() + 60 * minutes
     work.mkdir(parents=True, exist_ok=True)
     paths = RunPaths.of(config.name, work)
-    best = work / f"{config.name}.best.pt"
-    data = read_prepared(prepared, config.dataset)
     pool = CellPool(data.side(data.split.is_train), data.side(data.split.is_validation))
     # Cells to judge stand where validation cells do in training: ranked by its medians, masked alike for all.
     judged = LengthAwareRankTask(
@@ -71,27 +72,46 @@ def train_piece(
         tokens=config.tokens,
         seed=0,
     )
-    with training_of(config, pool, device, best) as training:
-        untrained = training.embed(judged.validation) if config.purpose == "final" else None
+    is_final = config.purpose == "final"
+    arrays: Arrays = {}
+    with training_of(config, pool, device) as training, sigterm_stops(training):
+        if is_final and config.seed < UNTRAINED_SEEDS:
+            arrays |= _embeddings(training, judged, "untrained")
         if paths.checkpoint.exists():
             training.load(paths.checkpoint)
         if not training.run(deadline):
             training.save(paths.checkpoint)
             return False
-    training.load_best()
+    training.take_best()
     facts = {**_facts(training), **provenance(device)}
-    arrays = _kept_records(training.table.arrays())
-    if untrained is not None:
-        facts["held_out_loss"] = training.loss_over(judged.validation_batches(config.batch_size))
+    arrays |= _kept_records(training.table.arrays())
+    if is_final:
+        losses, counts = training.cell_losses(judged)
+        facts["held_out_loss"] = float(losses.sum() / counts.sum())
         facts |= {"split": data.split.rule, "source": data.cells.source, "is_control": data.is_control}
-        # Half precision: eleven bits are more than what bfloat16 computed them with.
-        arrays["embeddings"] = training.embed(judged.validation).astype(np.float16)
-        arrays["untrained"] = untrained.astype(np.float16)
-        arrays["labels"] = np.asarray(data.side(data.split.is_test).labels)
+        arrays |= _embeddings(training, judged, "embeddings") | held_out_names(data)
+        arrays |= {"losses": losses.astype(np.float32), "hidden": counts.astype(np.uint16)}
     write_run(paths.records, facts, arrays)
-    for file in (paths.checkpoint, best):
-        file.unlink(missing_ok=True)
+    paths.checkpoint.unlink(missing_ok=True)
     return True
+
+
+def held_out_names(data: PreparedCells) -> Arrays:
+    """Types of the held-out cells, and their donors or batches where these are told."""
+    is_test = data.split.is_test
+    names = {"labels": np.asarray(data.side(is_test).labels)}
+    return names if data.groups is None else {**names, "groups": data.groups[is_test]}
+
+
+def _embeddings(training: PatientTraining, judged: LengthAwareRankTask, name: str) -> Arrays:
+    """Held-out cells in half precision: eleven bits are more than what bfloat16 computed them with.
+
+    With them the mean over the training cells, about which directions are judged.
+    """
+    return {
+        name: training.embed(judged.validation).astype(np.float16),
+        f"{name}_centre": training.embed(judged.train).mean(axis=0),
+    }
 
 
 def _facts(training: PatientTraining) -> dict[str, Any]:
@@ -103,7 +123,8 @@ def _facts(training: PatientTraining) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_per_second": tokens / training.seconds,
         "padding": 1 - tokens / padded if padded else 0.0,
-        "is_stopped_by_patience": training.step < training.config.steps,
+        "is_diverged": training.is_diverged,
+        "is_stopped_by_patience": training.step < training.config.steps and not training.is_diverged,
     }
 
 
@@ -153,25 +174,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dataset", required=True, help="of the prepared file")
     add("--mechanism", choices=MECHANISMS, required=True, help="of attention")
     add("--rate", type=positive_float, required=True, help="learning rate")
-    add("--seed", type=int, help="of a final run; without, the run tries the learning rate")
+    add("--seed", type=int, required=True, help="of initial weights, order of cells and masks")
+    add("--purpose", choices=["selection", "final"], default="final", help="selection tries the rate")
     options = parser.parse_args(arguments)
     check_device(parser, options.device)
     torch.set_num_threads(options.threads)
-    config = run_config(
-        options.preset,
-        options.dataset,
-        options.mechanism,
-        "selection" if options.seed is None else "final",
-        seed=SELECTION_SEED if options.seed is None else options.seed,
-        learning_rate=options.rate,
-    )
     try:
+        data = read_prepared(options.prepared, options.dataset)
+        config = run_config(
+            options.preset, options.dataset, options.mechanism, options.purpose,
+            seed=options.seed, learning_rate=options.rate, data_digest=data.digest,
+        )  # fmt: skip
         is_finished = train_piece(
-            config,
-            prepared=options.prepared,
-            work=options.work,
-            device=options.device,
-            minutes=options.minutes,
+            config, data, work=options.work, device=options.device, minutes=options.minutes
         )
     except (OSError, ValueError) as error:
         return fail("representation_run", error)

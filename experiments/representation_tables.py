@@ -9,21 +9,21 @@ import numpy as np
 
 from experiments.embedding_metrics import METRICS
 from experiments.paired_comparison import Comparison
+from experiments.representation_bootstrap import CellInterval
 from experiments.representation_findings import (
     LOSSES,
     PRIMARY,
     attention_relations,
-    selections,
     verdicts,
 )
 from experiments.representation_results import Judged, RawRun
+from experiments.representation_scope import Scope, selections
 
 # Of a run's facts.
 _MEDIANS = (
     "steps",
     "best_step",
     "padding",
-    "tokens_per_second",
     "reference",
     "without_attention",
     "validation_loss",
@@ -35,7 +35,8 @@ def markdown(
     judged: Sequence[Judged],
     runs: Sequence[RawRun],
     comparisons: dict[str, list[Comparison]],
-    controls: set[str],
+    cells: dict[str, dict[str, CellInterval]],
+    scope: Scope,
 ) -> str:
     """The page of tables.
 
@@ -43,7 +44,8 @@ def markdown(
         judged: Of all runs.
         runs: All.
         comparisons: Of `compare_all`.
-        controls: Data sets that stand apart.
+        cells: Of `cell_intervals`.
+        scope: Of `scope_of`.
 
     Returns:
         Markdown.
@@ -51,20 +53,22 @@ def markdown(
     parts = [
         "# Representations of cells: softmax and sigmoid attention",
         "",
-        "Computed from the runs alone.",
+        "Computed from the runs alone. Seeds replicate training only: split, held-out cells and chosen rate",
+        f"are fixed. Tests and intervals over seeds are corrected for a family of {len(scope.planned)}.",
         "",
     ]
-    parts += [f"* {sentence}" for sentence in verdicts(comparisons, controls).values()]
+    parts += [f"* {sentence}" for sentence in verdicts(comparisons, scope).values()]
     for metric, title in PRIMARY.items():
         parts += ["", f"## {title}", "", f"That is, {(METRICS | LOSSES)[metric]}.", ""]
         parts += _table(
-            ["data set", "softmax", "sigmoid", "difference", "interval", "p (Holm)", "sigmoid is", "seeds"],
+            ["data set", "softmax", "sigmoid", "difference", "interval over seeds", "p (Holm)", "sigmoid is",
+             "seeds (of training)", "95 % interval over held-out cells"],
             (
                 [
-                    f"{each.dataset} (control)" if each.dataset in controls else each.dataset,
+                    each.dataset + _remark(each.dataset, scope),
                     f"{each.softmax:.4f}", f"{each.sigmoid:.4f}", f"{each.difference:+.4f}",
                     _interval(each), "–" if np.isnan(each.p) else f"{each.p:.2g}",
-                    each.verdict, str(each.pairs),
+                    each.verdict, str(each.pairs), _cell_interval(cells[metric][each.dataset]),
                 ]
                 for each in comparisons[metric]
             ),
@@ -76,25 +80,28 @@ def markdown(
     parts += _table(["data set", "method", *METRICS], _metric_rows(judged))
     parts += ["", "## Learning rates", ""]
     parts += _table(
-        ["data set", "mechanism", "best validation loss at each rate", "chosen"],
+        ["data set", "mechanism", "mean of lowest validation losses at each rate (seeds)", "chosen"],
         (
             [
                 row["dataset"], row["mechanism"],
-                ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in row["validation_losses"].items()),
-                f"{row['chosen']:g}" + (", the edge of the grid" if row["is_edge"] else ""),
+                ", ".join(
+                    f"{rate:g}: {np.mean(losses):.4f} ({len(losses)})"
+                    for rate, losses in row["validation_losses"].items()
+                ),
+                "none" if row["chosen"] is None else f"{row['chosen']:g}" + ", an edge" * row["is_edge"],
             ]
             for row in selections(runs)
         ),
     )  # fmt: skip
-    parts += ["", "## Training", "", "Medians. Speeds are of runs that shared their device.", ""]
+    parts += ["", "## Training", "", "Medians of the final runs.", ""]
     parts += [
         "Losses in nats, on validation cells: by how common genes are, by that at each rank (all that is",
         "known without attention), and the model's.",
         "",
     ]
     parts += _table(
-        ["data set", "mechanism", "runs", "median steps", "kept step", "ended by patience", "padding",
-         "valid tokens a second", "common genes", "without attention", "model"],
+        ["data set", "mechanism", "runs", "median steps", "kept step", "ended by patience",
+         "by steps", "diverged", "padding", "common genes", "without attention", "model"],
         _training_rows(runs),
     )  # fmt: skip
     parts += ["", "## Attention and outcome", ""]
@@ -118,6 +125,18 @@ def _interval(comparison: Comparison) -> str:
     return f"{comparison.low:+.4f} to {comparison.high:+.4f}"
 
 
+def _cell_interval(interval: CellInterval) -> str:
+    return f"{interval.low:+.4f} to {interval.high:+.4f} ({interval.count} {interval.unit})"
+
+
+def _remark(dataset: str, scope: Scope) -> str:
+    if dataset in scope.controls:
+        return " (control)"
+    if dataset in scope.unlearned:
+        return " (attention learned nothing here)"
+    return " (at this budget)" if dataset in scope.at_budget else ""
+
+
 def _metric_rows(judged: Sequence[Judged]) -> Iterable[list[str]]:
     for dataset in dict.fromkeys(each.dataset for each in judged):
         for method in METHODS:
@@ -139,10 +158,11 @@ def _training_rows(runs: Sequence[RawRun]) -> Iterable[list[str]]:
             groups.setdefault((run.config["dataset"], run.config["mechanism"]), []).append(run.facts)
     for (dataset, mechanism), facts in groups.items():
         medians = {name: float(np.median([each[name] for each in facts])) for name in _MEDIANS}
-        stopped = sum(each["is_stopped_by_patience"] for each in facts)
+        patient = sum(each["is_stopped_by_patience"] for each in facts)
+        diverged = sum(each["is_diverged"] for each in facts)
         yield [
             dataset, mechanism, str(len(facts)), f"{medians['steps']:g}", f"{medians['best_step']:g}",
-            f"{stopped} of {len(facts)}", f"{medians['padding']:.0%}", f"{medians['tokens_per_second']:,.0f}",
+            str(patient), str(len(facts) - patient - diverged), str(diverged), f"{medians['padding']:.0%}",
             *(f"{medians[name]:.3f}" for name in ("reference", "without_attention", "validation_loss")),
         ]  # fmt: skip
 

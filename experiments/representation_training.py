@@ -10,12 +10,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from experiments.cell_pool import CellPool
 from experiments.gene_ranks import RankBatch, RankedCells, RankTransformer
@@ -31,18 +31,14 @@ class PatientTraining(ResumableTraining):
         config: The run.
         task: The cells.
         device: "cpu" or "cuda".
-        best: File of the best weights so far; it lies beside the checkpoint and is read when a run goes on.
     """
 
     config: RepresentationConfig
     task: LengthAwareRankTask
 
-    def __init__(
-        self, config: RepresentationConfig, task: LengthAwareRankTask, device: str, best: Path
-    ) -> None:
+    def __init__(self, config: RepresentationConfig, task: LengthAwareRankTask, device: str) -> None:
         super().__init__(config, task, device)
-        self.best = best
-        self._validation_batches = task.validation_batches(config.batch_size)
+        self._best: dict[str, Tensor] = {}  # weights; in the checkpoint, so that they are of one step with it
 
     @property
     def best_step(self) -> int:
@@ -53,6 +49,11 @@ class PatientTraining(ResumableTraining):
     def best_loss(self) -> float:
         """The lowest validation loss so far."""
         return min(self.validation, key=_by_loss)[1]
+
+    @property
+    def is_diverged(self) -> bool:
+        """Whether the training loss was no finite number."""
+        return not math.isfinite(self.table.last_loss)
 
     def run(self, deadline: float, on_step: Callable[[int], None] = lambda step: None) -> bool:
         """Train until patience, steps or time are at an end.
@@ -80,25 +81,34 @@ class PatientTraining(ResumableTraining):
 
     def validate(self) -> float:
         """Mean loss of the validation cells' hidden genes, the same ones each time."""
-        return self.loss_over(self._validation_batches)
+        losses, counts = self.cell_losses(self.task)
+        return float(losses.sum() / counts.sum())
 
     @torch.no_grad()
-    def loss_over(self, batches: list[RankBatch]) -> float:
-        """Mean loss of hidden genes, each counted once.
+    def cell_losses(self, task: LengthAwareRankTask) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Loss of the hidden genes of each validation cell.
 
         Args:
-            batches: Of the task.
+            task: Any of the same vocabulary.
 
         Returns:
-            Nats.
+            [cells] summed over the cell's hidden genes, nats; [cells] how many are hidden.
         """
-        counts = torch.tensor([len(batch.genes) for batch in batches], device=self.device)
-        losses = torch.stack([self._loss(batch) for batch in batches])
-        return float((losses * counts).sum() / counts.sum())
+        is_autocast = self.config.precision == "autocast"
+        batches, losses = task.looks(), []
+        for _, batch in batches:
+            with torch.autocast(self.device, dtype=torch.bfloat16, enabled=is_autocast):
+                ours = RankBatch._make(self._on_device(tensor) for tensor in batch)
+                losses.append(task.hidden_losses(self.model, ours))
+        each = torch.cat(losses).double().cpu().numpy()  # the one transfer of a look
+        cells = np.concatenate([chosen[batch.hidden // batch.tokens.shape[1]] for chosen, batch in batches])
+        size = len(task.validation.lengths)
+        sums = np.bincount(cells, weights=each, minlength=size).astype(np.float64)
+        return sums, np.bincount(cells, minlength=size).astype(np.int64)
 
-    def load_best(self) -> None:
+    def take_best(self) -> None:
         """Take the best weights in place of the last ones."""
-        self.model.load_state_dict(torch.load(self.best, map_location=self.device, weights_only=True))
+        self.model.load_state_dict(self._best)
 
     @torch.no_grad()
     def embed(self, cells: RankedCells) -> NDArray[np.float32]:
@@ -130,34 +140,34 @@ class PatientTraining(ResumableTraining):
         is_best = not self.validation or _by_loss((self.step, loss)) < _by_loss((0, self.best_loss))
         self.validation.append((self.step, loss))
         if is_best:
-            torch.save(self.model.state_dict(), self.best)
+            self._best = {name: each.detach().clone() for name, each in self.model.state_dict().items()}
 
     def _is_done(self) -> bool:
         looks = sum(step > self.best_step for step, _ in self.validation)
-        return (
-            self.step >= self.config.steps
-            or looks >= self.config.patience
-            or not math.isfinite(self.table.last_loss)
-        )
+        return self.step >= self.config.steps or looks >= self.config.patience or self.is_diverged
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "best": self._best}
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        super()._take_state(state)
+        self._best = state["best"]
 
 
 @contextmanager
-def training_of(
-    config: RepresentationConfig, pool: CellPool, device: str, best: Path
-) -> Iterator[PatientTraining]:
+def training_of(config: RepresentationConfig, pool: CellPool, device: str) -> Iterator[PatientTraining]:
     """A run with its probe attached; the probe is closed at the end.
 
     Args:
         config: The run.
         pool: Its cells.
         device: "cpu" or "cuda".
-        best: See `PatientTraining`.
 
     Yields:
         The training.
     """
     task = LengthAwareRankTask(pool, batch_size=config.batch_size, tokens=config.tokens, seed=config.seed)
-    training = PatientTraining(config, task, device, best)
+    training = PatientTraining(config, task, device)
     with training.probe:
         yield training
 

@@ -18,15 +18,17 @@ from pathlib import Path
 
 from experiments.command_line import experiment_parser, fail, run_facts, write_json
 from experiments.paired_comparison import overall
+from experiments.representation_bootstrap import cell_intervals
 from experiments.representation_figures import draw_differences, draw_embeddings
 from experiments.representation_findings import (
     PRIMARY,
     attention_relations,
     compare_all,
-    selections,
+    counted,
     verdicts,
 )
 from experiments.representation_results import judge, read_raw
+from experiments.representation_scope import check_runs, scope_of, selections
 from experiments.representation_tables import markdown
 
 
@@ -39,29 +41,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.time()
     try:
         runs = read_raw(options.raw)
+        check_runs(runs)
         judged = [each for run in runs for each in judge(run)]
         if not any(each.method in ("softmax", "sigmoid") for each in judged):
             raise ValueError("Expected finished runs with embeddings; these have only tried learning rates.")
         options.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         return fail("representations_report", error)
-    controls = {run.config["dataset"] for run in runs if run.facts.get("is_control")}
-    comparisons = compare_all(judged, controls)
-    page = markdown(judged, runs, comparisons, controls)
+    scope, cells = scope_of(runs), cell_intervals(runs)
+    comparisons = compare_all(judged, scope)
+    page = markdown(judged, runs, comparisons, cells, scope)
     (options.out / "representations.md").write_text(page, encoding="utf-8")
-    families = {
-        metric: [each for each in found if each.dataset not in controls]
-        for metric, found in comparisons.items()
-    }
+    families = {metric: counted(found, scope) for metric, found in comparisons.items()}
     write_json(
         options.out / "representations.json",
         {
             "schema_version": 1,
             **run_facts("representations_report", arguments, started),
             "primary": list(PRIMARY),
-            "controls": sorted(controls),
-            "verdicts": verdicts(comparisons, controls),
+            "scope": asdict(scope) | {"controls": sorted(scope.controls)},
+            "verdicts": verdicts(comparisons, scope),
             "comparisons": {m: [asdict(each) for each in found] for m, found in comparisons.items()},
+            "intervals_over_cells": {
+                metric: {dataset: asdict(interval) for dataset, interval in found.items()}
+                for metric, found in cells.items()
+            },
             "overall": {m: asdict(overall(found)) for m, found in families.items() if found},
             "selections": [
                 {**row, "validation_losses": {f"{k:g}": v for k, v in row["validation_losses"].items()}}

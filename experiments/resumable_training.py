@@ -98,20 +98,8 @@ class ResumableTraining:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; one that is there is replaced in one go."""
-        state = {
-            "config": asdict(self.config),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "validation": self.validation,
-            "probe": self.probe.state_dict(),  # first: it brings the last step's records to the table
-            "records": self.table.arrays(),
-            "cpu_random_state": torch.get_rng_state(),
-            "cuda_random_state": torch.cuda.get_rng_state() if self.device == "cuda" else None,
-        }
         temporary = path.with_suffix(".partial-checkpoint")
-        torch.save(state, temporary)
+        torch.save(self._state(), temporary)
         os.replace(temporary, path)
 
     def load(self, path: Path) -> None:
@@ -131,14 +119,7 @@ class ResumableTraining:
                 f"{path.name} is of a run with another configuration ({', '.join(changed)} differ). "
                 "Remove it, or give the run another name."
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.validation = state["step"], state["seconds"], state["validation"]
-        self.table.load(state["records"])
-        self.probe.load_state_dict(state["probe"])
-        torch.set_rng_state(state["cpu_random_state"].cpu())
-        if self.device == "cuda":
-            torch.cuda.set_rng_state(state["cuda_random_state"].cpu())
+        self._take_state(state)
 
     def facts(self, *, is_finished: bool) -> dict[str, Any]:
         """What the records' file says beside the records."""
@@ -153,6 +134,30 @@ class ResumableTraining:
             "without_attention": self.task.without_attention,
             "validation": self.validation,
         }
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "validation": self.validation,
+            "probe": self.probe.state_dict(),  # first: it brings the last step's records to the table
+            "records": self.table.arrays(),
+            "cpu_random_state": torch.get_rng_state(),
+            "cuda_random_state": torch.cuda.get_rng_state() if self.device == "cuda" else None,
+        }
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.validation = state["step"], state["seconds"], state["validation"]
+        self.table.load(state["records"])
+        self.probe.load_state_dict(state["probe"])
+        torch.set_rng_state(state["cpu_random_state"].cpu())
+        if self.device == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random_state"].cpu())
 
     def _train_step(self) -> None:
         config = self.config

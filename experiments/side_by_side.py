@@ -1,11 +1,15 @@
-"""Processes side by side on the GPUs of one machine, a bounded number on each."""
+"""Processes side by side on the GPUs of one machine, a bounded number on each; how a queue of them ends."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,3 +109,36 @@ class SideBySide:
         """Where a process runs, in words."""
         gpu = f"GPU {slots[0] // self.per_gpu}" if self.num_gpus else "CPU"
         return f"{gpu}, slot {slots[0]}"
+
+
+@contextmanager
+def only_queue(work: Path) -> Iterator[None]:
+    """Keep other queues out of a folder of checkpoints: two would write over each other's.
+
+    Args:
+        work: The folder.
+
+    Raises:
+        BlockingIOError: Another queue works in it.
+    """
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(f"another queue works in {work}; wait for its end") from error
+        yield
+
+
+@contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """Let SIGTERM end the program the way Ctrl-C does, through every `finally`."""
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -12,12 +12,9 @@ that a lost machine cuts begins anew. SIGTERM ends a call like its time.
 from __future__ import annotations
 
 import argparse
-import fcntl
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +25,7 @@ from experiments.command_line import check_device, experiment_parser, fail, posi
 from experiments.long_run import RunPaths, add_training_flags, finished_facts
 from experiments.run_config import RunConfig
 from experiments.run_records import read_facts
-from experiments.side_by_side import Running, SideBySide
+from experiments.side_by_side import Running, SideBySide, only_queue, sigterm_exits
 from experiments.stress_archives import Archives
 from experiments.stress_ledger import write_ledger
 from experiments.stress_plan import SIDE_BY_SIDE, START_SECONDS, Question, estimated_seconds, planned_runs
@@ -159,15 +156,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return fail("stress_queue", f"another queue works in {options.work}; wait for its end")
-        try:
+    try:
+        with only_queue(options.work):
             return _work(options)
-        except (OSError, ValueError) as error:
-            return fail("stress_queue", error)
+    except (OSError, ValueError) as error:
+        return fail("stress_queue", error)
 
 
 def _work(options: argparse.Namespace) -> int:
@@ -177,7 +170,7 @@ def _work(options: argparse.Namespace) -> int:
     lease_ends = _lease_ends(options)
     queue = Queue(options.planned, options, archives, num_gpus=num_gpus, lease_ends=lease_ends)
     try:
-        with _sigterm_exits():
+        with sigterm_exits():
             queue.work()
     finally:
         records = [RunPaths.of(config.name, options.work).records for _, config in options.planned.values()]
@@ -211,21 +204,6 @@ def _lease_ends(options: argparse.Namespace) -> float:
             flush=True,
         )
     return ends
-
-
-@contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """Let SIGTERM end the program the way Ctrl-C does, through every `finally`."""
-
-    def leave(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        sys.exit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

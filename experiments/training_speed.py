@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         for mode, case in options.chosen:
-            # Six contenders compile the same code; past its limit dynamo would run them eagerly.
+            # All contenders compile the same code; past its limit dynamo would run them eagerly.
             torch._dynamo.reset()
             with torch._dynamo.config.patch(recompile_limit=64):
                 speeds, failed = measure_case(

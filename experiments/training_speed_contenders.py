@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -31,8 +33,9 @@ _MASK_SHARE = 0.25
 def speed_contenders(case: Case, device: str) -> list[Contender]:
     """Who can train a case on this device, and gets the padding right.
 
-    SDPA takes no lengths. Padded keys are hidden from it by a mask, which its flash backend does not take;
-    FlashAttention-2 over lengths is `stability.softmax_attention`.
+    SDPA takes no lengths. Padded keys are hidden from it by a mask, which its flash backend does not take.
+    FlashAttention-2 over lengths is there twice: by `stability.softmax_attention`, and by `varlen_attn` where
+    torch has it, with nothing of ours but the copies between padded and packed tokens.
 
     Args:
         case: What is computed.
@@ -63,15 +66,48 @@ def speed_contenders(case: Case, device: str) -> list[Contender]:
     if device == "cpu":
         return found
     found.insert(1, Contender("sigmoid, fast", "ours", partial(sigmoid, precision="fast")))
-    flash = Contender("softmax, flash", "softmax", sdpa, backend(SDPBackend.FLASH_ATTENTION))
-    if lengths is not None:
-        flash = Contender("softmax, flash over lengths", "softmax", softmax)
+    if case.lengths is None:
+        found.append(Contender("softmax, flash", "softmax", sdpa, backend(SDPBackend.FLASH_ATTENTION)))
+    else:
+        found.append(Contender("softmax, flash over lengths", "softmax", softmax))
+        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+            packed = PackedAttention(case.lengths, case.tokens, device)
+            found.append(Contender("softmax, flash varlen", "softmax", packed))
     return [
         *found,
-        flash,
         Contender("softmax, cuDNN", "softmax", sdpa, backend(SDPBackend.CUDNN_ATTENTION)),
         Contender("softmax, memory-efficient", "softmax", sdpa, backend(SDPBackend.EFFICIENT_ATTENTION)),
     ]
+
+
+class PackedAttention:
+    """Softmax attention over padded sequences by torch's kernel for packed ones.
+
+    Where each valid token is, and where each sequence begins, is computed once and not in the step.
+
+    Args:
+        lengths: Valid tokens of each sequence.
+        tokens: With the padding.
+        device: Of the tensors.
+    """
+
+    def __init__(self, lengths: Sequence[int], tokens: int, device: str) -> None:
+        is_token = torch.arange(tokens) < torch.tensor(lengths)[:, None]
+        self.places = is_token.flatten().nonzero().squeeze(1).to(device)
+        self.starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        self.longest = max(lengths)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[batch, heads, tokens, head_dim] each; padding rows of the output are zeros."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        batch, heads, tokens, head_dim = query.shape
+        query, key, value = (
+            each.transpose(1, 2).flatten(0, 1).index_select(0, self.places) for each in (query, key, value)
+        )
+        output: Any = varlen_attn(query, key, value, self.starts, self.starts, self.longest, self.longest)
+        padded = output.new_zeros(batch * tokens, heads, head_dim).index_copy(0, self.places, output)
+        return padded.view(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
 class SharedTraining:

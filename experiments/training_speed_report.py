@@ -1,13 +1,23 @@
-"""What a measurement of training speed amounts to: ratios, Amdahl's prediction beside them, tables."""
+"""What a measurement of training speed amounts to: ratios, Amdahl's prediction beside them, tables.
+
+A ratio's interval is of one process; what differs from process to process is in none. Of several, with the
+lowest and the highest ratio:
+
+    python -m experiments.training_speed_report results/speed-*/training_speed.json
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.command_line import experiment_parser
 from experiments.overhead_report import paired_ratio
 
 # Beyond this, measured and predicted ratio want an explanation.
@@ -143,3 +153,54 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
                 f"{each['gap']:+.1%}{', to be explained' * each['needs_explanation']} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def over_processes(summaries: Sequence[dict[str, Any]]) -> str:
+    """The ratios of several processes side by side.
+
+    Args:
+        summaries: Contents of `training_speed.json`, one a process.
+
+    Returns:
+        Markdown, a row for each case and pair that every process measured.
+    """
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for summary in summaries:
+        for result in summary["results"]:
+            for each in result["ratios"]:
+                found.setdefault((result["case"], each["ours"], each["softmax"]), []).append(each)
+    lines = [
+        "| case | sigmoid | against | fastest softmax in | lowest ratio | highest ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for names, measured in found.items():
+        if len(measured) == len(summaries):
+            ratios = [each["ratio"] for each in measured]
+            best = f"{sum(each['is_best'] for each in measured)} of {len(measured)}"
+            cells = (*names, best, f"{min(ratios):.3f}", f"{max(ratios):.3f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the ratios of several processes.
+
+    Args:
+        arguments: Command line without the program name; None reads `sys.argv`.
+
+    Returns:
+        Exit status: 0, 2 for input that cannot be used.
+    """
+    parser = experiment_parser("training_speed_report", __doc__)
+    parser.add_argument("summaries", nargs="+", type=Path, help="training_speed.json of each process")
+    options = parser.parse_args(arguments)
+    try:
+        print(over_processes([json.loads(path.read_text(encoding="utf-8")) for path in options.summaries]))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"training_speed_report: expected summaries of training_speed: {error!r}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -30,7 +30,7 @@ def test_silhouette_by_hand():
     # Each point's distance to its type's other cell, and mean distance to the other type's cells.
     own, other = np.array([1, 1, 2, 2]), np.array([11, 10, 9.5, 11.5])
     expected = np.mean((other - own) / other)
-    values = embedding_metrics(LINE, LINE_TYPES)
+    values = embedding_metrics(LINE, LINE_TYPES, np.zeros(1))
     assert values["silhouette"] == pytest.approx(expected)
     assert values["silhouette_scib"] == pytest.approx((expected + 1) / 2)
 
@@ -41,10 +41,30 @@ def test_distance_ratio_by_hand():
 
 def test_cosines_by_hand():
     points = np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
-    values = embedding_metrics(points, LINE_TYPES)
+    values = embedding_metrics(points + 7, LINE_TYPES, centre=np.full(2, 7.0))
     diagonal = np.sqrt(0.5)
     assert values["cohesion"] == pytest.approx((1 + diagonal) / 2)
     assert values["cohesion_gap"] == pytest.approx((1 + diagonal) / 2 - (0 + diagonal) / 2)
+
+
+def test_a_part_that_all_cells_have_in_common_is_no_cohesion():
+    points, types = two_clouds(0.0)
+    moved = points + 1000.0
+    assert embedding_metrics(moved, types, np.zeros(5))["cohesion"] > 0.99
+    assert abs(embedding_metrics(moved, types, moved.mean(axis=0))["cohesion"]) < 0.1
+
+
+def test_a_common_type_weighs_no_more_than_a_rare_one():
+    # Type a in one direction, 20 times; type b in two opposite ones.
+    points = np.array([[1.0, 0.0]] * 20 + [[0.0, 1.0], [0.0, -1.0]])
+    values = embedding_metrics(points, np.array(["a"] * 20 + ["b"] * 2), np.zeros(2))
+    assert values["cohesion"] == pytest.approx((1 - 1) / 2)
+    assert values["distance_ratio"] == pytest.approx(np.sqrt(2) / np.mean([0, 2]))
+
+
+def test_a_centre_of_other_dimensions():
+    with pytest.raises(ValueError, match=r"centre of \(1,\); got \(2,\)"):
+        embedding_metrics(LINE, LINE_TYPES, np.zeros(2))
 
 
 def test_purity_counts_neighbours_without_the_cell_itself():
@@ -80,7 +100,10 @@ def test_clusters_agree_with_types_apart():
 
 
 def test_every_metric_is_better_apart_than_mixed():
-    apart, mixed = embedding_metrics(*two_clouds(8.0)), embedding_metrics(*two_clouds(0.0))
+    apart, mixed = (
+        embedding_metrics(points, types, points.mean(axis=0))
+        for points, types in (two_clouds(8.0), two_clouds(0.0))
+    )
     assert set(apart) == set(METRICS)
     # Connected are types in both: its own test takes one apart.
     assert all(apart[name] > mixed[name] for name in METRICS if name != "connectivity")
@@ -88,7 +111,7 @@ def test_every_metric_is_better_apart_than_mixed():
 
 def test_scale_and_place_of_points():
     points, types = two_clouds(3.0)
-    values, scaled = embedding_metrics(points, types), embedding_metrics(1e6 * points, types)
+    values, scaled = (embedding_metrics(size * points, types, np.full(5, size)) for size in (1.0, 1e6))
     for name in METRICS:
         assert scaled[name] == pytest.approx(values[name], rel=1e-6)
 
@@ -96,13 +119,13 @@ def test_scale_and_place_of_points():
 def test_equal_points_have_finite_metrics():
     points, types = two_clouds(3.0)
     points[:3] = points[0]
-    assert all(np.isfinite(value) for value in embedding_metrics(points, types).values())
+    assert all(np.isfinite(value) for value in embedding_metrics(points, types, np.zeros(5)).values())
 
 
 def test_types_of_one_cell_are_left_out():
     points, types = two_clouds(3.0)
     single = np.concatenate([points, [[9.0] * 5]]), np.append(types, "c")
-    assert embedding_metrics(*single) == embedding_metrics(points, types)
+    assert embedding_metrics(*single, np.zeros(5)) == embedding_metrics(points, types, np.zeros(5))
 
 
 @pytest.mark.parametrize(
@@ -116,4 +139,4 @@ def test_types_of_one_cell_are_left_out():
 )
 def test_bad_input(points, types, message):
     with pytest.raises(ValueError, match=message):
-        embedding_metrics(points, types)
+        embedding_metrics(points, types, np.zeros(points.shape[1:]))

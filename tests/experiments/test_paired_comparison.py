@@ -40,6 +40,12 @@ def test_intervals_are_wider_in_a_larger_family():
     assert of_six.low < alone.low < alone.difference < alone.high < of_six.high
 
 
+def test_data_sets_yet_to_come_count_in_holms_correction():
+    values = {"a": (np.array([1.0, 2.0, 3.0]), np.array([1.5, 2.6, 3.4]))}
+    (alone,), (of_six,) = compare(values), compare(values, family=6)
+    assert of_six.p == pytest.approx(6 * alone.p)
+
+
 def test_too_few_seeds_decide_nothing():
     (single,) = compare({"a": (np.array([1.0]), np.array([2.0]))})
     assert np.isnan([single.low, single.high, single.p]).all()
@@ -57,6 +63,8 @@ def test_overall_is_a_ratio_of_means_that_a_silhouette_near_zero_does_not_rule()
     found = overall([comparison("a", 0.4, 0.04), comparison("b", 0.001, 0.01)])
     assert found.relative == pytest.approx(0.05 / 0.401)
     assert found.low < found.relative < found.high
+    assert found.difference == pytest.approx(0.025)
+    assert found.difference_low < 0 < found.difference_high
 
 
 def test_overall_interval_by_hand():
@@ -65,8 +73,9 @@ def test_overall_interval_by_hand():
     assert (found.low, found.high) == pytest.approx((0.2 - half, 0.2 + half))
 
 
-def test_overall_of_a_mean_that_is_not_positive():
-    assert np.isnan(overall([comparison("a", -0.1, 0.1)]).relative)
+@pytest.mark.parametrize(("mean", "is_judged"), [(-0.1, False), (0.0499, False), (0.05, True)])
+def test_no_share_of_a_mean_near_zero(mean, is_judged):
+    assert np.isfinite(overall([comparison("a", mean, 0.1)]).relative) == is_judged
 
 
 @pytest.mark.parametrize(
@@ -86,16 +95,19 @@ def test_claims(differences, direction, size, expected):
 
 
 def test_a_claim_names_data_sets_and_never_decides_on_one():
-    sentence = claim_sentence(
-        "Metric",
-        [comparison("gut", 1.0, 0.5, p=0.01)],
-        direction="higher",
+    sentence = claim_sentence("Metric", [comparison("gut", 1.0, 0.5, p=0.01)], direction="higher")
+    assert sentence.startswith(
+        "Metric: sigmoid +0.5000 against softmax's mean of 1.0000 (a single data set, "
     )
-    assert sentence.startswith("Metric: sigmoid +50.0% against softmax")
-    assert "a single data set, which decides nothing" in sentence
+    assert "which decides nothing), +50.0%, so that" in sentence
     assert "neither reached nor excluded; higher in 1 (gut), lower in none, undecided in none" in sentence
 
 
-def test_a_claim_without_a_positive_mean():
-    sentence = claim_sentence("Metric", [comparison("gut", -1.0, 0.5)], direction="higher", size=0.25)
-    assert "not defined" in sentence
+@pytest.mark.parametrize(
+    ("differences", "answer"), [((0.01, 0.011, 0.012), "reached"), ((-0.01, 0.0, 0.01), "neither")]
+)
+def test_near_zero_only_the_difference_is_judged(differences, answer):
+    comparisons = [comparison(name, 0.01, value) for name, value in zip("abc", differences, strict=True)]
+    sentence = claim_sentence("Metric", comparisons, direction="higher", size=0.25)
+    assert "of which no share is taken, that mean being below 0.05" in sentence
+    assert f"so that the claim of higher is {answer}" in sentence

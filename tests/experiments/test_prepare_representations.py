@@ -49,6 +49,7 @@ def test_what_is_written_is_read_back(h5ad, tmp_path):
     for field in ("is_test", "is_validation", "rule"):
         assert np.array_equal(getattr(again.split, field), getattr(prepared.split, field))
     assert np.array_equal(again.pca, prepared.pca)
+    assert again.digest == prepared.digest
     assert again.cells.source == "own.h5ad"
 
 
@@ -77,6 +78,28 @@ def test_every_missing_file_is_named_with_its_source(tmp_path, monkeypatch, caps
 def test_a_column_that_is_not_there(h5ad, tmp_path, capsys):
     assert main(["--data", str(h5ad), "--label", "tissue", "--out", str(tmp_path / "cells.npz")]) == 2
     assert "no label column 'tissue'" in capsys.readouterr().err
+
+
+def with_gaps(h5ad, column):
+    anndata = pytest.importorskip("anndata")
+    data = anndata.read_h5ad(h5ad)
+    data.obs[column] = data.obs[column].astype(object).where(np.arange(80) >= 3, None)
+    data.write_h5ad(h5ad)
+
+
+def test_cells_without_a_type_are_left_out_and_told_of(h5ad, capsys):
+    with_gaps(h5ad, "kind")
+    prepared = prepare(Dataset("own", h5ad, "kind", "donor"))
+    assert set(prepared.cells.labels) == {"a", "b"}
+    assert len(prepared.cells) == len(prepared.groups) == len(prepared.split.is_test) == 77
+    assert "own: 3 cells without kind are left out" in capsys.readouterr().out
+
+
+def test_cells_without_a_donor_are_refused(h5ad, tmp_path, capsys):
+    with_gaps(h5ad, "donor")
+    flags = ["--data", str(h5ad), "--label", "kind", "--group", "donor", "--out", str(tmp_path / "cells.npz")]
+    assert main(flags) == 2
+    assert "3 have none. Leave --group out" in capsys.readouterr().err
 
 
 def test_files_that_are_not_prepared(tmp_path, h5ad):

@@ -8,8 +8,9 @@ import torch
 from experiments import training_speed
 from experiments.attention_contenders import Case, Contender
 from experiments.training_speed import PRESETS, case_name, main, measure_case
-from experiments.training_speed_contenders import SharedTraining, speed_contenders
+from experiments.training_speed_contenders import PackedAttention, SharedTraining, speed_contenders
 from experiments.training_speed_report import Speed, amdahl, ratios
+from experiments.training_speed_report import main as report
 
 TINY = ["--preset", "tiny", "--rounds", "3"]
 CASE, PADDED = Case(2, 2, 32, 8), Case(2, 2, 32, 8, padding=0.5)
@@ -65,6 +66,27 @@ def test_ratios_by_hand():
     assert fast.needs_explanation  # 3.3 %
 
 
+def test_the_range_over_processes(summary, tmp_path, capsys):
+    files = []
+    for i, ratio in enumerate((1.1, 0.9, 1.05)):
+        results = json.loads(json.dumps(summary["results"]))
+        results[0]["ratios"][0] |= {"ratio": ratio, "is_best": ratio > 1}
+        files.append(tmp_path / f"{i}.json")
+        # The second case was not reached by the last process.
+        files[-1].write_text(json.dumps({"results": results[: 2 if i < 2 else 1]}))
+    assert report([str(file) for file in files]) == 0
+    *_, row = capsys.readouterr().out.strip().split("\n")
+    assert row == "| eager, n 32 | sigmoid, accurate | softmax, torch's choice | 2 of 3 | 0.900 | 1.100 |"
+
+
+@pytest.mark.parametrize("content", [None, "{}", "{"])
+def test_files_that_are_no_summaries(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "file.json").write_text(content)
+    assert report([str(tmp_path / "file.json")]) == 2
+    assert "expected summaries of training_speed" in capsys.readouterr().err
+
+
 def test_amdahl_without_a_change():
     assert amdahl(10.0, 4.0, 4.0) == 1.0
 
@@ -87,6 +109,41 @@ def test_contenders_share_weights_and_agree_where_they_compute_the_same():
         assert not torch.equal(training.model.value_head.weight, before)
         results.append(training.model.gene_embedding.weight.detach())
     assert torch.allclose(*results, atol=1e-6)
+
+
+def test_packed_attention_sees_the_tokens_of_each_sequence_alone(monkeypatch):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+
+    def one_by_one(query, key, value, starts, key_starts, longest, longest_key):
+        assert starts.tolist() == key_starts.tolist() == [0, 3, 8]
+        assert longest == longest_key == 5
+        pieces = [each.tensor_split(starts[1:-1].tolist()) for each in (query, key, value)]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        heads_first = [[each.transpose(0, 1) for each in piece] for piece in zip(*pieces, strict=True)]
+        return torch.cat([attend(*piece).transpose(0, 1) for piece in heads_first])
+
+    monkeypatch.setattr(varlen, "varlen_attn", one_by_one)
+    query, key, value = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    query.requires_grad_()
+    found = PackedAttention([3, 5], 5, "cpu")(query, key, value)
+    from stability import softmax_attention
+
+    expected = softmax_attention(query, key, value, key_lengths=[3, 5], query_lengths=[3, 5])
+    assert torch.allclose(found, expected, atol=1e-6)
+    (gradient,) = torch.autograd.grad(found.square().sum(), query)
+    (right,) = torch.autograd.grad(expected.square().sum(), query)
+    assert torch.allclose(gradient, right, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_packed_attention_on_a_gpu():
+    case = Case(2, 2, 256, 64, padding=0.5)
+    contenders = {each.name: each for each in speed_contenders(case, "cuda")}
+    tensors = torch.randn(3, 2, 2, 256, 64, device="cuda", dtype=torch.bfloat16)
+    ours, theirs = (
+        contenders[name].attend(*tensors) for name in ("softmax, flash over lengths", "softmax, flash varlen")
+    )
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_a_contender_that_cannot_train_is_left_out(monkeypatch):
@@ -147,7 +204,7 @@ def test_every_contender_trains_on_a_gpu(mode, padding):
     torch._dynamo.reset()
     speeds, failed = measure_case(mode, case, 1, "cuda", rounds=1, steps=1)
     assert not failed
-    assert len(speeds) == len(speed_contenders(case, "cuda")) == 6
+    assert len(speeds) == len(speed_contenders(case, "cuda")) == (7 if padding else 6)
 
 
 def test_the_plan_has_every_case():

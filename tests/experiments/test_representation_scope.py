@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from experiments.representation_results import RawRun
+from experiments.representation_scope import PLANNED, check_runs, scope_of, selections
+from experiments.run_records import RecordedRun
+
+GUT = PLANNED[1]
+
+
+def raw(purpose="final", mechanism="sigmoid", *, dataset=GUT, seed=0, rate=1e-3, loss=4.0, **facts) -> RawRun:
+    config = {
+        "name": f"{dataset}-{mechanism}-{purpose}-{rate}-{seed}", "dataset": dataset, "mechanism": mechanism,
+        "purpose": purpose, "learning_rate": rate, "seed": seed, "data_digest": facts.pop("digest", "same"),
+    }  # fmt: skip
+    labels = facts.pop("labels", "aabb")
+    found = {
+        "config": config, "validation_loss": loss, "without_attention": 5.0, "is_diverged": False,
+        "is_stopped_by_patience": True, **facts,
+    }  # fmt: skip
+    arrays = {"labels": np.array(list(labels))} if purpose == "final" else {}
+    return RawRun(found, RecordedRun(found, [], {}), arrays)
+
+
+def pair(**changes) -> list[RawRun]:
+    return [raw(mechanism=mechanism, **changes) for mechanism in ("softmax", "sigmoid")]
+
+
+def tried(**changes) -> list[RawRun]:
+    return [raw("selection", mechanism, **changes) for mechanism in ("softmax", "sigmoid")]
+
+
+def test_chosen_rates_are_of_the_mean_over_seeds():
+    runs = [
+        raw("selection", "softmax", rate=rate, seed=seed, loss=loss)
+        for rate, losses in ((1e-3, (5.0, 5.0)), (3e-3, (4.9, 4.9)), (1e-2, (3.0, 8.0)))
+        for seed, loss in enumerate(losses)
+    ]
+    (row,) = selections(runs)
+    assert (row["chosen"], row["is_edge"]) == (3e-3, False)
+    (row,) = selections(runs[2:])
+    assert row["is_edge"]
+
+
+def test_losses_that_are_no_numbers_choose_nothing():
+    runs = [raw("selection", rate=1e-3, loss=math.nan), raw("selection", rate=3e-3, loss=9.0)]
+    assert selections(runs)[0]["chosen"] == 3e-3
+    assert selections(runs[:1])[0]["chosen"] is None
+
+
+def test_runs_that_belong_together():
+    check_runs([*tried(), *pair(), *pair(seed=1)])
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        (pair(), "at the learning rate that was chosen, None"),
+        ([*tried(), *pair(rate=3e-3)], "chosen, 0.001; got 0.003"),
+        ([*tried(), *pair(), raw(seed=1, rate=3e-3)], "got 0.003"),
+        ([*tried(), raw(), raw(seed=1, digest="other")], "prepared with other cells"),
+        ([*tried(digest="other"), raw()], "prepared with other cells"),
+        ([*tried(), raw(), raw(seed=1, labels="abab")], "types differ"),
+    ],
+)
+def test_runs_that_do_not(runs, message):
+    with pytest.raises(ValueError, match=message):
+        check_runs(runs)
+
+
+def test_missing_data_sets_are_of_the_plans_six():
+    scope = scope_of([*pair(), raw(dataset=PLANNED[0])])
+    assert scope.planned == PLANNED
+    assert len(PLANNED) == 6
+    assert scope.missing == tuple(name for name in PLANNED if name != GUT)
+    assert "Missing: pbmc3k_human_blood, cortexculture" in scope.remarks()
+
+
+def test_data_sets_of_ones_own_are_their_own_family():
+    scope = scope_of([*pair(dataset="own"), *pair(dataset="lines", is_control=True)])
+    assert (scope.planned, scope.controls, scope.missing) == (("own",), {"lines"}, ())
+    assert scope.remarks() == ""
+
+
+def test_both_mechanisms_must_beat_no_attention_on_the_mean():
+    assert scope_of(pair(loss=4.9)).unlearned == ()
+    assert scope_of([*pair(loss=4.9), raw(seed=1, loss=5.2)]).unlearned == (GUT,)
+
+
+def test_ends_by_steps_count_and_divergence_is_neither():
+    patient, cut = pair(), pair(seed=1, is_stopped_by_patience=False)
+    assert scope_of(patient + cut).at_budget == ()  # half of them
+    assert scope_of(patient + cut + pair(seed=2, is_stopped_by_patience=False)).at_budget == (GUT,)
+    diverged = pair(seed=2, is_stopped_by_patience=False, is_diverged=True)
+    assert scope_of(patient + cut + diverged).at_budget == ()
