@@ -199,7 +199,7 @@ def draw_layers(path: Path, pair: tuple[RecordedRun, RecordedRun]) -> None:
     layers = pair[0].layers("grad_norm")
     blocks = [i for i, layer in enumerate(layers) if layer.endswith("attention.query")]
     panels[1, 0].set_yticks(blocks, [layers[i] for i in blocks], fontsize=7)
-    panels[0, 0].set_ylabel("all layers")
+    panels[0, 0].set_ylabel("gradient norm,\nall layers")
     figure.colorbar(drawn, ax=panels, label="log10 of the layer's gradient norm")
     figure.supxlabel("optimizer step")
     figure.savefig(path)

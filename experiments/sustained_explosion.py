@@ -209,8 +209,11 @@ def _first_layer(run: RecordedRun, sustained: float | None) -> tuple[str | None,
         return None, 0
     factor = 10.0 ** int(min(sustained, 4))
     crossings = []
+    num_steps = len(run.values("grad_norm"))
     for layer in run.layers("grad_norm"):
         norms = run.values("grad_norm", layer)
+        if len(norms) < num_steps:
+            continue  # thinned: its positions are no steps
         later = _no_nan(norms[BASELINE.stop :])
         median = float(np.median(norms[BASELINE]))
         if median > 0 and (begins := _first_step(later, factor * median)) is not None:

@@ -195,7 +195,7 @@ class Delivery:
         if records is not None:
             self._write(records)
         if alone is not None:
-            self._write(alone.wait())
+            self._write_alone(alone)
         self._put_off = []
         self._judged = None
         self._unjudged = {}
@@ -224,6 +224,14 @@ class Delivery:
             return None
         return records if in_flight.judged is None else records.without(in_flight.judged.series)
 
+    def _write_alone(self, alone: LocalTransfer) -> None:
+        try:
+            records = alone.wait()
+        except Exception as error:  # as in `_arrive`
+            self._warn_of_copy(alone.step, error)
+            return
+        self._write(records)
+
     def _deliver(self, in_flight: _InFlight | None, alone: LocalTransfer | None) -> _Verdict:
         alerts: list[Alert] = []
         records = self._arrive(in_flight)
@@ -235,7 +243,7 @@ class Delivery:
                 if not in_flight.judged.is_left_out:
                     self._unjudged = self._readings(records)
         if alone is not None:
-            self._write(alone.wait())  # no detector sees it, or ranks would come to different verdicts
+            self._write_alone(alone)  # no detector sees it, or ranks would come to different verdicts
         return self._verdict(alerts)
 
     def _write(self, records: StepRecords) -> None:

@@ -91,6 +91,9 @@ def forward_place(layer: str, place_of: Mapping[str, int]) -> float:
     """
     if layer in place_of:
         return place_of[layer]
+    layer = layer.partition("/call_")[0]  # a later call of a module, as detectors read it
+    if layer in place_of:
+        return place_of[layer]
     around = layer.rpartition(".")[0]
     while around:
         if around in place_of:

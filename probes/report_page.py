@@ -60,7 +60,7 @@ def html(runs: Sequence[ReportedRun], shown: Sequence[HeatMap | Curves]) -> str:
         if one.ranking:
             of = f" in {one.view.name}" if several else ""
             heading = f"Layers that went farthest from their past and their peers{of}"
-            if one.broken_step is not None:
+            if one.broken_step is not None and all(math.isfinite(row.farthest) for row in one.ranking):
                 heading += f", before step {one.broken_step}, where values are no longer finite"
             parts.append(f"<h2>{escape(heading)}</h2>")
             parts.append(html_table(RANKING_HEAD, ranking_rows(one)))

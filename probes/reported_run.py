@@ -25,7 +25,8 @@ class ReportedRun(NamedTuple):
     Attributes:
         view: What pictures need.
         story: What is said first.
-        ranking: Layers, the farthest from their past and their peers first, before anything was not finite.
+        ranking: Layers, the farthest from their past and their peers first, before anything was not finite;
+            all of them where nothing can be ranked before.
         broken_step: First step at which something was not; None where all is.
         alerts: Of the run.
         facts: A few numbers, by their names.

@@ -47,7 +47,7 @@ def spread_rows(named: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
     """
     rows = []
     for name, values in named:
-        found = values.detach().double().flatten()
+        found = values.detach().cpu().double().flatten()
         if found.numel():
             numbers = torch.stack([found.min(), found.median(), found.max()]).tolist()
             rows.append([name, *(f"{number:.4g}" for number in numbers)])

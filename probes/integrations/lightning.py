@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 import probes
 from probes.record import StepRecords, alert_marker
+from probes.schedule import is_due
 from stability.divergence import Alert
 
 try:
@@ -113,7 +114,7 @@ class _Loggers:
         self._trainer: Any = trainer  # has log_every_n_steps, and does not declare it
 
     def write(self, records: StepRecords) -> None:
-        if records.step % self._trainer.log_every_n_steps == 0:
+        if is_due(records.step, self._trainer.log_every_n_steps):
             self._log(records.step, records.by_tag())
 
     def write_alert(self, alert: Alert) -> None:

@@ -9,7 +9,10 @@ from stability.divergence import Alert
 
 
 class Sink(Protocol):
-    """Receives each recorded step once, in order.
+    """Receives each recorded step, usually once.
+
+    With ``same_step`` what a step measures after its update comes as a second part of the same step; of
+    several processes, what only the first has measured does. After ``load_state_dict`` steps may go back.
 
     A sink that raises is dropped with one warning and the training goes on.
 
@@ -18,7 +21,8 @@ class Sink(Protocol):
         >>> class LargestGradient:
         ...     def write(self, records):
         ...         norms = {r.layer: r.value for r in records.records() if r.quantity == "grad_norm"}
-        ...         print(records.step, max(norms, key=norms.get))
+        ...         if norms:
+        ...             print(records.step, max(norms, key=norms.get))
         ...     def write_alert(self, alert):
         ...         print(alert)
         ...     def close(self):
@@ -32,11 +36,11 @@ class Sink(Protocol):
     """
 
     def write(self, records: StepRecords) -> None:
-        """Takes all records of one step."""
+        """Takes records of one step: all, or a part of them."""
         ...
 
     def write_alert(self, alert: Alert) -> None:
-        """Takes one alert, after the records of its step."""
+        """Takes one alert, after the records it was found in."""
         ...
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings, Severity
@@ -85,7 +86,7 @@ class GradientExplosionDetector:
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
-        judged: list[str] = []
+        medians: dict[str, float] = {}
         level = 0
         for layer, norm in readings.get(self._quantity, {}).items():
             if layer == ALL_LAYERS or not 0 < norm < math.inf:
@@ -98,22 +99,21 @@ class GradientExplosionDetector:
                 track.range.append(log_norm)
                 track.add(step, norm, 0.0)
                 continue
-            judged.append(layer)
-            median = track.range.median()
+            median = medians[layer] = track.range.median()
             excess = log_norm - median
             threshold = max(self._warning, self._num_spreads * track.range.spread())
             track.range.append(min(log_norm, median + threshold))
             track.add(step, norm, excess / threshold)
             if excess >= threshold:
                 level = max(level, 2 if excess >= self._divergence else 1)
-        if not judged:
+        if not medians:
             return self._first_alerts(step, readings)
         if level <= self._reported:
-            if all(self._tracks[layer].onset is None for layer in judged):
+            if all(self._tracks[layer].onset is None for layer in medians):
                 self._reported = 0
             return []
         self._reported = level
-        return [self._alert(step, judged, _SEVERITIES[level - 1])]
+        return [self._alert(step, medians, _SEVERITIES[level - 1])]
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
@@ -152,10 +152,10 @@ class GradientExplosionDetector:
             )
         ]
 
-    def _alert(self, step: int, layers: list[str], severity: Severity) -> Alert:
-        layer, spread = origin(self._tracks, layers, ties="last")
+    def _alert(self, step: int, medians: Mapping[str, float], severity: Severity) -> Alert:
+        layer, spread = origin(self._tracks, list(medians), ties="last")
         track = self._tracks[layer]
-        norm, reference = track.recent[-1][1], math.exp(track.range.median())
+        norm, reference = track.recent[-1][1], math.exp(medians[layer])
         reason = (
             f"{_WHAT[self._quantity]} {norm:.3g} is {norm / reference:.3g} × its median of {reference:.3g}"
         )

@@ -26,8 +26,9 @@ class WeightJumpDetector:
     from a training in motion better than how large it is.
 
     What most layers do is an alert of its own, for the whole model: the lower median of ``|δ|`` over the
-    layers reaches ``common_ratio`` times the largest it has been, so that warm-up and restarts, which come
-    back to rates seen before, are silent; value and reference of that alert are these changes.
+    layers reaches ``common_ratio`` times the largest of the steps that were in range (one alert until it is
+    back there), so that warm-up and restarts, which come back to rates seen before, are silent; value and
+    reference of that alert are these changes.
 
     Args:
         surprise: Change times excess squared. Calibrated: clean runs reach 0.8, query and key weights that

@@ -58,6 +58,28 @@ def test_thinned_records_have_the_same_judgement_and_fewer_numbers(tmp_path):
     assert zipfile.ZipFile(out).namelist() == ["run.npz"]
 
 
+def test_positions_of_thinned_layers_are_not_taken_for_steps(tmp_path):
+    table = RecordTable()
+    names = (Series(ALL_LAYERS, "loss"), Series(ALL_LAYERS, "grad_norm"), Series("a", "grad_norm"))
+    for step in range(4000):
+        norm = 1.0 if step < 3200 else 1e5
+        table.write(StepRecords(step, names, np.array([9.5 - step / 1e4, norm, norm]), np.full(3, math.nan)))
+    facts = {
+        "config": {"name": "run", "mechanism": "softmax"},
+        "steps": 4000,
+        "metric": "cross-entropy, nats",
+        "reference": 9.2,
+        "without_attention": 9.1,
+        "validation": [(4000, 9.0)],
+    }
+    write_run(tmp_path / "run.npz", facts, table.arrays())
+    assert main([str(tmp_path / "run.npz"), "--out", str(tmp_path / "thinned.zip")]) == 0
+    whole = judge_long_run(read_runs([tmp_path / "run.npz"])["run"])
+    thin = judge_long_run(read_runs([tmp_path / "thinned.zip"])["run"])
+    assert (whole.verdict, whole.first_layer) == ("exploded", "a")
+    assert (thin.verdict, thin.first_layer) == ("exploded", None)
+
+
 def test_without_records_there_is_a_message(tmp_path, capsys):
     assert main([str(tmp_path), "--out", str(tmp_path / "thinned.zip")]) == 2
     assert "Expected records of runs" in capsys.readouterr().err

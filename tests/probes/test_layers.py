@@ -47,6 +47,7 @@ def test_a_layer_that_is_never_called_stands_in_the_module_around_it() -> None:
     assert forward_place("blocks.0.attention.output", place_of) == 0.5
     assert forward_place("blocks.0.mlp.hidden", place_of) == 1.5
     assert forward_place("head", place_of) == 3
+    assert forward_place("blocks.0.attention/call_1", place_of) == 1
     assert forward_place("codebook", place_of) == -1
 
 

@@ -111,3 +111,13 @@ def test_a_level_that_stays_becomes_the_ordinary_one() -> None:
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GradientExplosionDetector(**arguments)
+
+
+def test_the_reference_is_the_median_that_was_judged():
+    detector = GradientExplosionDetector(min_history=4)
+    alerts = []
+    for step, norm in enumerate([1.0, 1.0, 9.0, 9.0, 1e7]):
+        alerts += detector.update(step, {"grad_norm": {"layer": norm}})
+    (alert,) = alerts
+    assert alert.reference == pytest.approx(3.0)
+    assert "its median of 3" in alert.reason
