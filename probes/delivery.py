@@ -13,8 +13,8 @@ from probes.detection import Detection
 from probes.distributed import Ranks
 from probes.failures import ProbeWarning, call_or_drop
 from probes.incident import IncidentWriter
-from probes.layers import forward_place
 from probes.pending import Pending
+from probes.readings import ForwardReadings
 from probes.record import Series, StepRecords
 from probes.sinks.memory import MemorySink
 from probes.sinks.sink import Sink
@@ -60,7 +60,7 @@ class Delivery:
             before anything else happens to them.
 
     Attributes:
-        seen_order: Layers in the order of the forward pass, as far as outputs have shown it.
+        readings: Knows the order of the forward pass.
     """
 
     def __init__(
@@ -72,8 +72,7 @@ class Delivery:
         incidents: IncidentWriter | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self._layers = list(layers)
-        self.seen_order: list[str] = []
+        self.readings = ForwardReadings(layers)
         self.memory = MemorySink()
         self._sinks: list[Sink] = [self.memory, *sinks]
         self.detection = Detection(detectors, can_forget=action.leaves_out_updates)
@@ -158,7 +157,7 @@ class Delivery:
         """
         verdict = self._deliver(*self._take_in_flight())
         if self.incidents is not None:
-            self.incidents.see_end(step, error, self._forward_order)
+            self.incidents.see_end(step, error, self.readings.order)
         for sink in list(self._sinks):
             call_or_drop(self._sinks, sink, sink.close)
         if not silently:
@@ -241,7 +240,7 @@ class Delivery:
             else:
                 self._write(records)
                 if not in_flight.judged.is_left_out:
-                    self._unjudged = self._readings(records)
+                    self._unjudged = self.readings(records)
         if alone is not None:
             self._write_alone(alone)  # no detector sees it, or ranks would come to different verdicts
         return self._verdict(alerts)
@@ -252,7 +251,7 @@ class Delivery:
 
     def _hand_out(self, records: StepRecords, transfer: Transfer | GlobalTransfer) -> list[Alert]:
         self._write(records)
-        readings = {**self._unjudged, **self._readings(records)}
+        readings = {**self._unjudged, **self.readings(records)}
         self._unjudged = {}
         alerts = self.detection.update(records.step, readings)
         if self._ranks is not None and isinstance(transfer, GlobalTransfer):
@@ -271,32 +270,10 @@ class Delivery:
                 stacklevel=3,
             )
 
-    @property
-    def _forward_order(self) -> list[str]:
-        return self.seen_order or self._layers
-
-    def _readings(self, records: StepRecords) -> dict[str, dict[str, float]]:
-        """The step as detectors read it: whole layers only, a module's later calls under their own names."""
-        readings: dict[str, dict[str, float]] = {}
-        for series, value in zip(records.series, records.values.tolist(), strict=True):
-            if series.head is None:
-                layer = f"{series.layer}/call_{series.call}" if series.call else series.layer
-                readings.setdefault(series.quantity, {})[layer] = value
-        # Detectors read forward. Outputs are measured in that order, gradients at them on the way back, and
-        # parameters in the optimizer's order. The step that measured most outputs knows it best.
-        outputs = readings.get("activation_rms", {})
-        if len(outputs) > len(self.seen_order):
-            self.seen_order = list(outputs)
-        place_of = {layer: i for i, layer in enumerate(self._forward_order)}
-        return {
-            quantity: dict(sorted(values.items(), key=lambda item: forward_place(item[0], place_of)))
-            for quantity, values in readings.items()
-        }
-
     def _verdict(self, alerts: list[Alert]) -> _Verdict:
         report = None
         if self.incidents is not None:
-            report = self.incidents.see_alerts(alerts, self._forward_order)
+            report = self.incidents.see_alerts(alerts, self.readings.order)
         return _Verdict(alerts, report)
 
     def _act(self, verdict: _Verdict) -> None:

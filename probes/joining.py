@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +16,11 @@ from probes.record import ALL_LAYERS, Series, StepRecords
 
 GLOBAL_GRAD_NORM = Series(ALL_LAYERS, "grad_norm")
 _OF_THE_SCALED_LOSS = ("activation_grad_norm", "_input_grad_norm", "_output_grad_norm")
+_MAX_KNOWN = 64
 
 # Names, their numbers, what those are to be multiplied by, and whether they are standard errors.
 Parts = tuple[Sequence[Series], Sequence[float], float, bool]
+_Pick = Callable[[Sequence[float]], Sequence[float]]
 
 
 def join(
@@ -30,52 +34,106 @@ def join(
         numbers: What was on the host already.
         ratios: What is formed of these.
     """
-    # Most series have one part. Lists for them would be thousands of objects a step, which Python's
-    # garbage collector goes through: they are made for the others only.
-    joined: dict[Series, float] = {}
-    several: dict[Series, list[float]] = {}
-    errors: dict[Series, list[float]] = {}
-    labelled: dict[Series, Series] = {}
-    for names, values, factor, is_standard_error in parts:
-        for series, number in zip(names, values, strict=True):
+    values: list[float] = []
+    names: list[tuple[Sequence[Series], bool]] = []
+    key: list[Any] = list(ratios)
+    for of_part, numbers_of_part, factor, is_standard_error in parts:
+        values += numbers_of_part if factor == 1 else [number * factor for number in numbers_of_part]
+        names.append((of_part, is_standard_error))
+        # Long sequences of names are the same object at every step, and dear to compare.
+        key.append((of_part[0] if len(of_part) == 1 else id(of_part), is_standard_error))
+    num_ratios = len(key) - len(names)
+    for series, number in numbers:
+        values.append(number)
+        names.append(((series,), False))
+        key.append((series, False))
+    known = tuple(key)
+    joining = _known.get(known)
+    if joining is None:
+        if len(_known) == _MAX_KNOWN:
+            _known.clear()
+        joining = _known[known] = _Joining(names, key[:num_ratios])
+    return joining(step, values)
+
+
+class _Joining:
+    """How the numbers of a step become its records: the same way in all steps that measure the same.
+
+    Args:
+        names: Of the numbers, in their order, and whether they are standard errors.
+        ratios: What is formed of them.
+    """
+
+    def __init__(self, names: Sequence[tuple[Sequence[Series], bool]], ratios: Sequence[Ratio]) -> None:
+        self._names = names  # kept, for it is known by their identity
+        parts: dict[Series, list[int]] = {}
+        errors: dict[Series, list[int]] = {}
+        labelled: dict[Series, Series] = {}
+        each = [(series, is_error) for of_part, is_error in names for series in of_part]
+        for index, (series, is_error) in enumerate(each):
             name = series
             if series.kind != "exact":
                 # Parts of different kinds (all rows of a short batch, a sample of a long one) are joined.
                 name = exact(series)
                 labelled[name] = series
-            if is_standard_error:
-                errors.setdefault(name, []).append(number * factor)
-            elif name not in joined:
-                joined[name] = number * factor
-            else:
-                several.setdefault(name, [joined[name]]).append(number * factor)
-    for series, number in numbers:
-        if series in joined:
-            several.setdefault(series, [joined[series]]).append(number)
-        else:
-            joined[series] = number
-    for series, of_series in several.items():
-        joined[series] = reduction_of(series.quantity)(of_series)
-    if loss_factor := joined.get(LOSS_FACTOR):
-        for series in joined:
-            if series.quantity in _OF_THE_SCALED_LOSS:
-                joined[series] /= loss_factor
-    for result, numerator, denominator in ratios:
-        # A gradient of zero on both sides has no ratio.
-        if joined.get(denominator) and numerator in joined:
-            joined[result] = joined[numerator] / joined[denominator]
-    grad_norms = [value for s, value in joined.items() if s.quantity in ("grad_norm", "_other_grad_norm")]
-    if grad_norms:
-        joined[GLOBAL_GRAD_NORM] = root_sum_of_squares(grad_norms)
-    recorded = {s: value for s, value in joined.items() if s.quantity[0] != "_"}
-    # A mean of k parts has the standard error sqrt(Σ e²)/k.
-    error_of = {s: root_sum_of_squares(of_series) / len(of_series) for s, of_series in errors.items()}
-    return StepRecords(
-        step,
-        tuple(labelled.get(series, series) for series in recorded),
-        np.array(list(recorded.values()), dtype=np.float64),
-        np.array([error_of.get(series, math.nan) for series in recorded], dtype=np.float64),
-    )
+            (errors if is_error else parts).setdefault(name, []).append(index)
+        self._firsts = _picker([indices[0] for indices in parts.values()])
+        place = {name: index for index, name in enumerate(parts)}
+        self._several = [
+            (place[name], reduction_of(name.quantity), _picker(indices))
+            for name, indices in parts.items()
+            if len(indices) > 1
+        ]
+        self._loss_factor = place.get(LOSS_FACTOR)
+        self._of_the_scaled_loss = [i for name, i in place.items() if name.quantity in _OF_THE_SCALED_LOSS]
+        self._ratios = [
+            (result, place.setdefault(result, len(place)), place[numerator], place[denominator])
+            for result, numerator, denominator in ratios
+            if numerator in place and denominator in place
+        ]
+        grad_norms = [i for name, i in place.items() if name.quantity in ("grad_norm", "_other_grad_norm")]
+        self._grad_norms = _picker(grad_norms) if grad_norms else None
+        self._whole = place.setdefault(GLOBAL_GRAD_NORM, len(place)) if grad_norms else -1
+        self._num_formed = len(place) - len(parts)
+        recorded = [name for name in place if name.quantity[0] != "_"]
+        self._series = tuple(labelled.get(name, name) for name in recorded)
+        self._recorded = _picker([place[name] for name in recorded])
+        self._errors = [(i, _picker(errors[name])) for i, name in enumerate(recorded) if name in errors]
+
+    def __call__(self, step: int, numbers: Sequence[float]) -> StepRecords:
+        """The records of a step with these numbers."""
+        values = [*self._firsts(numbers), *[math.nan] * self._num_formed]
+        for place, reduction, parts in self._several:
+            values[place] = reduction(parts(numbers))
+        if self._loss_factor is not None and (factor := values[self._loss_factor]):
+            for place in self._of_the_scaled_loss:
+                values[place] /= factor
+        absent = []
+        for result, place, numerator, denominator in self._ratios:
+            if values[denominator]:
+                values[place] = values[numerator] / values[denominator]
+            else:  # a gradient of zero on both sides has no ratio
+                absent.append(result)
+        if self._grad_norms is not None:
+            values[self._whole] = root_sum_of_squares(self._grad_norms(values))
+        standard_errors = np.full(len(self._series), math.nan)
+        for index, parts in self._errors:
+            # A mean of k parts has the standard error sqrt(Σ e²)/k.
+            of_parts = parts(numbers)
+            standard_errors[index] = root_sum_of_squares(of_parts) / len(of_parts)
+        recorded = np.array(self._recorded(values), dtype=np.float64)
+        records = StepRecords(step, self._series, recorded, standard_errors)
+        return records.without(absent) if absent else records
+
+
+_known: dict[tuple[Any, ...], _Joining] = {}
+
+
+def _picker(indices: Sequence[int]) -> _Pick:
+    """What takes the entries at these indices out of a sequence, as a sequence."""
+    if len(indices) > 1:
+        return itemgetter(*indices)
+    return lambda values: [values[index] for index in indices]
 
 
 @lru_cache(maxsize=2**16)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from probes.grad_scaler import observe_grad_scaler
 from probes.guard import GRADIENTS, UPDATES, WEIGHTS, Guard
 from probes.optimizer_state import OptimizerState
-from probes.parameter_gradients import measure_gradients, measure_weights
+from probes.parameter_gradients import Watched, WatchedParameters, measure_gradients, measure_weights
 from probes.pending import LOSS_FACTOR, Pending
 from probes.record import ALL_LAYERS, Series
 from probes.sharding import Sharding
@@ -49,8 +48,7 @@ class OptimizerWatch:
         self._pending = pending
         self._guard = guard
         self._optimizers = tuple(optimizers)
-        self._layer_of = dict(layer_of)
-        self._selected = selected
+        self._parameters = WatchedParameters(layer_of, selected)
         self._sharding = sharding
         self._before_step_ends = before_step_ends
         self._end_step = end_step
@@ -83,8 +81,9 @@ class OptimizerWatch:
     def measure_gradients(self) -> None:
         """Measures gradients and weights of all parameters, where no optimizer says when."""
         if self._is_recorded or self._is_detailed:
-            self._measure_gradients(self._layer_of, None)
-            self._guard(WEIGHTS, self._measure_weights, self._layer_of, has_closure=False)
+            watched = self._parameters.among(_with_gradients(self._parameters.all().parameters))
+            self._measure_gradients(watched, None)
+            self._guard(WEIGHTS, measure_weights, self._pending, watched, self._sharding)
 
     def _before_scaler_step(self, optimizer: Optimizer, factor: Tensor) -> None:
         if optimizer not in self._optimizers:
@@ -99,7 +98,7 @@ class OptimizerWatch:
             return  # its own hook has seen the step, or it is somebody else's
         self._scaled_optimizer = None
         if self._is_measured(optimizer):
-            self._measure_gradients(_parameters(optimizer), None)
+            self._measure_gradients(self._with_gradients(optimizer), None)
         self._pending.add_number(SKIPPED_STEP, 1.0)
         self._finish(optimizer)
 
@@ -117,11 +116,13 @@ class OptimizerWatch:
                 self._pending.add_number(SKIPPED_STEP, 0.0)
             else:
                 self._pending.add(SKIPPED_STEP, (found_inf > 0).double())
-        if not has_closure:
+        if has_closure:  # which computes the gradients: there are none to see yet
+            watched = self._parameters.among(_parameters(optimizer))
+        else:
+            watched = self._with_gradients(optimizer)
             # A GradScaler leaves unscaling to optimizers that are fused.
-            grad_scale = getattr(optimizer, "grad_scale", None)
-            self._measure_gradients(_parameters(optimizer), grad_scale)
-        self._guard(WEIGHTS, self._measure_weights, _parameters(optimizer), has_closure=has_closure)
+            self._measure_gradients(watched, getattr(optimizer, "grad_scale", None))
+        self._guard(WEIGHTS, measure_weights, self._pending, watched, self._sharding)
         if self._is_detailed:
             self._guard(UPDATES, self._optimizer_state.before, optimizer, has_closure=has_closure)
 
@@ -130,10 +131,12 @@ class OptimizerWatch:
         if has_closure:
             self._check_before_end(optimizer)
         if self._is_measured(optimizer):
-            if has_closure:  # the closure has just computed the gradients
-                self._measure_gradients(_parameters(optimizer), None)
+            watched = self._with_gradients(optimizer)
+            if has_closure:  # which has just computed the gradients
+                self._measure_gradients(watched, None)
             if self._is_detailed:
-                gradients = self._parts_of_gradients(_parameters(optimizer))
+                parts = self._sharding.parts(_gradients(watched))
+                gradients = dict(zip(watched.parameters, parts, strict=True))
                 self._guard(UPDATES, self._optimizer_state.after, self._pending, optimizer, gradients)
         self._finish(optimizer)
 
@@ -146,36 +149,21 @@ class OptimizerWatch:
         if len(self._stepped) == len(self._optimizers):
             self._end_step()
 
-    def _measure_gradients(self, parameters: Iterable[Tensor], grad_scale: Tensor | None) -> None:
+    def _with_gradients(self, optimizer: Optimizer) -> Watched:
+        return self._parameters.among(_with_gradients(_parameters(optimizer)))
+
+    def _measure_gradients(self, watched: Watched, grad_scale: Tensor | None) -> None:
+        gradients = _gradients(watched)
+        parts = self._sharding.parts(gradients)  # ranks may communicate here: no failure keeps one from it
         self._guard(
             GRADIENTS,
             measure_gradients,
             self._pending,
-            self._layer_of,
-            self._selected,
-            self._parts_of_gradients(parameters),
+            watched,
+            parts,
+            self._sharding.weights(gradients),
             grad_scale,
-            sharding=self._sharding,
             is_detailed=self._is_detailed,
-        )
-
-    @torch.no_grad()
-    def _parts_of_gradients(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """This rank's part of each gradient. Ranks may communicate here: no failure keeps one from it."""
-        return {
-            parameter: self._sharding.part(parameter.grad)
-            for parameter in parameters
-            if parameter.grad is not None and parameter in self._layer_of
-        }
-
-    def _measure_weights(self, parameters: Iterable[Tensor], *, has_closure: bool) -> None:
-        measure_weights(
-            self._pending,
-            self._layer_of,
-            self._selected,
-            parameters,
-            sharding=self._sharding,
-            has_closure=has_closure,
         )
 
     def _is_measured(self, optimizer: Optimizer) -> bool:
@@ -190,3 +178,11 @@ def _has_closure(args: tuple, kwargs: dict) -> bool:
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _with_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter for parameter in parameters if parameter.grad is not None]
+
+
+def _gradients(watched: Watched) -> list[Tensor]:
+    return [parameter.grad for parameter in watched.parameters if parameter.grad is not None]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,81 +11,127 @@ from torch import Tensor
 from probes.pending import Pending
 from probes.record import Series, series_of
 from probes.sharding import Sharding
-from stability.norms import count_nonfinite, largest_entries, tensor_norms
+from stability.norms import count_nonfinite, in_order, largest_entries, tensor_norms_by_device
+
+_MAX_KNOWN = 16
+
+
+class Watched(NamedTuple):
+    """Parameters that a step changes, and the names of what is measured of them.
+
+    Attributes:
+        parameters: Those of the model.
+        layers: The layer of each.
+        gradients: Name of each gradient's norm. Layers that are not selected enter the whole model's only.
+        selected: Indices of those in selected layers.
+        weights: Name of each of these parameters' norm.
+    """
+
+    parameters: tuple[Tensor, ...]
+    layers: tuple[str, ...]
+    gradients: tuple[Series, ...]
+    selected: tuple[int, ...]
+    weights: tuple[Series, ...]
+
+
+class WatchedParameters:
+    """Finds the names of parameters once, not at every step: a step has no time for hundreds of lookups.
+
+    Args:
+        layer_of: Layer of each of the model's parameters.
+        selected: Layers that are recorded.
+    """
+
+    def __init__(self, layer_of: Mapping[Tensor, str], selected: set[str]) -> None:
+        self._layer_of = layer_of
+        self._selected = selected
+        self._known: dict[tuple[int, ...], Watched] = {}
+
+    def all(self) -> Watched:
+        """Every parameter of the model."""
+        return self.among(list(self._layer_of))
+
+    def among(self, parameters: Sequence[Tensor]) -> Watched:
+        """Those that are the model's, in the order given."""
+        key = tuple(map(id, parameters))  # tensors hash in Python
+        known = self._known.get(key)
+        if known is None:
+            if len(self._known) == _MAX_KNOWN:  # experts, of which every step trains others
+                self._known.clear()
+            known = self._known[key] = self._watched(parameters)
+        return known
+
+    def _watched(self, parameters: Sequence[Tensor]) -> Watched:
+        mine = tuple(parameter for parameter in parameters if parameter in self._layer_of)
+        layers = tuple(self._layer_of[parameter] for parameter in mine)
+        selected = tuple(index for index, layer in enumerate(layers) if layer in self._selected)
+        return Watched(
+            mine,
+            layers,
+            tuple(
+                series_of(layer, "grad_norm" if layer in self._selected else "_other_grad_norm")
+                for layer in layers
+            ),
+            selected,
+            tuple(series_of(layers[index], "weight_norm") for index in selected),
+        )
 
 
 @torch.no_grad()
 def measure_gradients(
     pending: Pending,
-    layer_of: dict[Tensor, str],
-    selected: set[str],
-    gradients: Mapping[Tensor, Tensor],
+    watched: Watched,
+    parts: Sequence[Tensor],
+    weights: Sequence[float],
     grad_scale: Tensor | None = None,
     *,
-    sharding: Sharding,
     is_detailed: bool,
 ) -> None:
     """Adds ``grad_norm``, and in detail ``grad_max_abs`` and ``nonfinite_count``, of every selected layer.
 
     Called from the optimizer's step pre-hook: accumulated gradients are complete by then, and clipping, if
-    the training script does any, has already happened. The other layers enter the whole model's norm only.
+    the training script does any, has already happened.
 
     Args:
         pending: Receives the scalars.
-        layer_of: Layer of each of the model's parameters.
-        selected: Layers that are recorded.
-        gradients: By parameter of the optimizer that is about to step, what is here of its gradient.
+        watched: Parameters with a gradient.
+        parts: What is here of each gradient.
+        weights: How much each counts where several ranks have the same part.
         grad_scale: What a ``GradScaler`` has multiplied the gradients by, where the optimizer takes it out
             itself (fused ones do); None where they are unscaled.
-        sharding: How many ranks hold the same part.
         is_detailed: Whether to measure more than norms.
     """
-    layers = [layer_of[parameter] for parameter in gradients]
-    parts = [_dense_values(gradient) for gradient in gradients.values()]
-    weights = sharding.weights([p.grad for p in gradients if p.grad is not None])
-    norms = tensor_norms(parts)
-    names = [series_of(layer, "grad_norm" if layer in selected else "_other_grad_norm") for layer in layers]
-    _add_values(pending, names, norms, weights, grad_scale)
+    # What a sparse one does not store is zero and changes no norm. To coalesce it on CUDA waits for the
+    # device, since only there is known how many entries remain; SparseAdam and Adagrad do so in their step.
+    parts = [part.coalesce().values() if part.is_sparse else part for part in parts]
+    norms = tensor_norms_by_device(parts)
+    for indices, of_device in norms:
+        _add(pending, watched.gradients, indices, of_device, weights, grad_scale)
     if not is_detailed:
         return
-    detailed = [index for index, layer in enumerate(layers) if layer in selected]
-    layers = [layers[index] for index in detailed]
-    parts = [parts[index] for index in detailed]
-    weights = [weights[index] for index in detailed]
+    layers = [watched.layers[index] for index in watched.selected]
+    parts = [parts[index] for index in watched.selected]
+    weights = [weights[index] for index in watched.selected]
+    all_norms = in_order(norms)
     largest = largest_entries(parts)
-    names = [series_of(layer, "grad_max_abs") for layer in layers]
-    _add_values(pending, names, largest, weights, grad_scale)
-    counts = count_nonfinite(parts, [norms[index] for index in detailed])
+    _add_values(pending, [series_of(layer, "grad_max_abs") for layer in layers], largest, weights, grad_scale)
+    counts = count_nonfinite(parts, [all_norms[index] for index in watched.selected])
     _add_values(pending, [series_of(layer, "nonfinite_count") for layer in layers], counts, weights)
 
 
 @torch.no_grad()
-def measure_weights(
-    pending: Pending,
-    layer_of: dict[Tensor, str],
-    selected: set[str],
-    parameters: Iterable[Tensor],
-    *,
-    sharding: Sharding,
-    has_closure: bool,
-) -> None:
+def measure_weights(pending: Pending, watched: Watched, sharding: Sharding) -> None:
     """Adds ``weight_norm`` of every selected layer, of the parameters that the step is about to change.
 
     Args:
         pending: Receives the scalars.
-        layer_of: Layer of each of the model's parameters.
-        selected: Layers that are recorded.
-        parameters: The parameters of the optimizer that is about to step.
+        watched: The parameters.
         sharding: Which part of a weight is here.
-        has_closure: Whether the step computes the gradients itself, so that there are none to see yet.
     """
-    watched = [
-        parameter
-        for parameter in parameters
-        if layer_of.get(parameter) in selected and (has_closure or parameter.grad is not None)
-    ]
-    names = [series_of(layer_of[parameter], "weight_norm") for parameter in watched]
-    _add_values(pending, names, tensor_norms(sharding.parts(watched)), sharding.weights(watched))
+    parameters = [watched.parameters[index] for index in watched.selected]
+    weights = sharding.weights(parameters)
+    for indices, norms in tensor_norms_by_device(sharding.parts(parameters)):
+        _add(pending, watched.weights, indices, norms, weights)
 
 
 def _add_values(
@@ -98,20 +145,23 @@ def _add_values(
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, value in enumerate(values):
         alike.setdefault((value.device, value.dtype), []).append(index)
-    for (device, dtype), indices in alike.items():
-        together = torch.stack([values[index] for index in indices])
-        if scale is not None:
-            together = together.to(torch.promote_types(dtype, torch.float32))
-            together /= scale.to(device, non_blocking=True)
-        pending.add_each(
-            [names[index] for index in indices], together, weight=[weights[index] for index in indices]
-        )
+    for indices in alike.values():
+        _add(pending, names, indices, torch.stack([values[index] for index in indices]), weights, scale)
 
 
-def _dense_values(gradient: Tensor) -> Tensor:
-    """The entries of a gradient; those that a sparse one does not store are zero and change no norm.
-
-    To coalesce a sparse one on CUDA waits for the device, since only there is known how many entries remain;
-    SparseAdam and Adagrad do it in their own step too.
-    """
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
+def _add(
+    pending: Pending,
+    names: Sequence[Series],
+    indices: Sequence[int],
+    values: Tensor,
+    weights: Sequence[float],
+    scale: Tensor | None = None,
+) -> None:
+    """Adds the values [len(indices)] of some of the names, divided by a scale."""
+    if scale is not None:
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        values /= scale.to(values.device, non_blocking=True)
+    if len(indices) < len(names):
+        names = [names[index] for index in indices]
+        weights = [weights[index] for index in indices]
+    pending.add_each(names, values, weight=weights)

@@ -208,7 +208,7 @@ class Probe:
         return {
             "step": self._watch.step,
             "detectors": self._delivery.detection.state_dict(),
-            "layers": list(self._delivery.seen_order),
+            "layers": list(self._delivery.readings.seen_order),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -224,7 +224,7 @@ class Probe:
         self._delivery.detection.load_state_dict(state["detectors"])
         self._delivery.abandon()
         self._watch.pending.take()
-        self._delivery.seen_order = list(state["layers"])
+        self._delivery.readings.resume(state["layers"])
         self._watch.begin_step(state["step"])
         self._note_checkpoint()
 

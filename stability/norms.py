@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,27 +39,39 @@ def tensor_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
         >>> [f"{norm.item():.3g}" for norm in norms]
         ['2e+20', '2e-25']
     """
-    tensors = [tensor.detach() for tensor in tensors]  # a decorator against gradients would cost more
-    norms: list[Tensor] = [torch.empty(0)] * len(tensors)
-    on_gpu = [i for i, tensor in enumerate(tensors) if tensor.device.type == "cuda"]
-    if on_gpu:
-        # Fused launches; the GPU is bandwidth bound here, so float64 sums cost nothing.
-        fused = torch._foreach_norm([tensors[i] for i in on_gpu], 2, dtype=torch.float64)
-        for i, norm in zip(on_gpu, fused, strict=True):
-            norms[i] = norm
-    on_cpu = [i for i, tensor in enumerate(tensors) if tensor.device.type == "cpu"]
-    short = [i for i in on_cpu if tensors[i].dtype is torch.float32 and tensors[i].numel() <= _LONGEST_SUM]
-    if short:
-        together = torch.stack(torch._foreach_norm([tensors[i] for i in short], 2)).double()
-        # Reading a CPU scalar waits for nothing, so the second pass is made only where it is needed.
-        for i, norm, value in zip(short, together.unbind(), together.tolist(), strict=True):
-            norms[i] = norm if _SMALLEST_SAFE_NORM < value < math.inf else _rescaled_norm(tensors[i])
-    for i in set(on_cpu).difference(short):
-        norms[i] = _norm_on_cpu(tensors[i])
-    for i, tensor in enumerate(tensors):
-        if tensor.device.type not in ("cpu", "cuda"):
-            norms[i] = _rescaled_norm(tensor)
-    return norms
+    return in_order(tensor_norms_by_device(tensors))
+
+
+@torch.no_grad()
+def tensor_norms_by_device(tensors: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
+    """:func:`tensor_norms`, those of a device together: all of a model's for the price of a few launches.
+
+    Returns:
+        For each device the indices of its tensors and their norms, [number of indices].
+
+    Example:
+        >>> tensor_norms_by_device([torch.tensor([3.0, 4.0]), torch.zeros(2)])
+        [([0, 1], tensor([5., 0.], dtype=torch.float64))]
+    """
+    by_device: dict[int | torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        # Numbers, because a device takes as long to hash as all the rest.
+        device = tensor.get_device() if tensor.is_cuda else tensor.device
+        by_device.setdefault(device, []).append(index)
+    return [(indices, _norms([tensors[index] for index in indices])) for indices in by_device.values()]
+
+
+def in_order(by_device: Iterable[tuple[list[int], Tensor]]) -> list[Tensor]:
+    """The 0-d tensors of what :func:`tensor_norms_by_device` returned, in the order of its argument.
+
+    Example:
+        >>> in_order([([0, 2], torch.tensor([5.0, 1.0])), ([1], torch.tensor([3.0]))])
+        [tensor(5.), tensor(3.), tensor(1.)]
+    """
+    numbered = [
+        pair for indices, of_device in by_device for pair in zip(indices, of_device.unbind(), strict=True)
+    ]
+    return [norm for _, norm in sorted(numbered, key=lambda pair: pair[0])]
 
 
 def tensor_norm(tensor: Tensor) -> Tensor:
@@ -140,14 +152,42 @@ def max_abs(tensor: Tensor) -> Tensor:
     return torch.maximum(-low, high)
 
 
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """Norms of tensors on one device, [number of tensors]."""
+    device = tensors[0].device
+    if device.type == "cuda":
+        # Fused launches; the GPU is bandwidth bound here, so float64 sums cost nothing.
+        return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64))
+    if device.type != "cpu":
+        return torch.stack([_rescaled_norm(tensor) for tensor in tensors])
+    norms = torch.empty(len(tensors), dtype=torch.float64)
+    short = [
+        index
+        for index, tensor in enumerate(tensors)
+        if tensor.dtype is torch.float32 and tensor.numel() <= _LONGEST_SUM
+    ]
+    if short:
+        norms[short] = torch.stack(torch._foreach_norm([tensors[index] for index in short], 2)).double()
+    for index in set(range(len(tensors))).difference(short):
+        norms[index] = _unscaled_norm_on_cpu(tensors[index])
+    # Reading a CPU scalar waits for nothing, so the second pass is made only where it is needed.
+    for index, norm in enumerate(norms.tolist()):
+        if not _SMALLEST_SAFE_NORM < norm < math.inf:
+            norms[index] = _rescaled_norm(tensors[index])
+    return norms
+
+
 def _norm_on_cpu(tensor: Tensor) -> Tensor:
+    norm = _unscaled_norm_on_cpu(tensor)
+    return norm if _SMALLEST_SAFE_NORM < norm.item() < math.inf else _rescaled_norm(tensor)
+
+
+def _unscaled_norm_on_cpu(tensor: Tensor) -> Tensor:
     dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
     if tensor.numel() > _LONGEST_SUM and dtype is torch.float32:
         parts = [torch.linalg.vector_norm(part, dtype=dtype) for part in tensor.reshape(-1).split(_PART)]
-        norm = torch.linalg.vector_norm(torch.stack(parts).double())
-    else:
-        norm = torch.linalg.vector_norm(tensor, dtype=dtype).double()
-    return norm if _SMALLEST_SAFE_NORM < norm.item() < math.inf else _rescaled_norm(tensor)
+        return torch.linalg.vector_norm(torch.stack(parts).double())
+    return torch.linalg.vector_norm(tensor, dtype=dtype).double()
 
 
 def _rescaled_norm(tensor: Tensor) -> Tensor:

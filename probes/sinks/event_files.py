@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from probes.sinks.crc32c import framed
+import google_crc32c
+
 from probes.sinks.step_event import is_image, step_of_scalars
 
 _PREFIX, _SUFFIX = "events.out.tfevents.", ".probes"  # others' files in the directory are not ours to thin
@@ -86,7 +87,7 @@ class EventFiles:
             return file
 
     def _write(self, file: BinaryIO, event: bytes) -> None:
-        record = framed(event)
+        record = _framed(event)
         file.write(record)
         file.flush()
         self._count([memoryview(record)])
@@ -153,6 +154,17 @@ class EventFiles:
                 path.unlink(missing_ok=True)
             except OSError:  # locked; or no lock can tell
                 continue
+
+
+def _framed(payload: bytes) -> bytes:
+    """A record of a TFRecord file: length, its checksum, payload, its checksum."""
+    length = struct.pack("<Q", len(payload))
+    return b"".join([length, _masked_crc32c(length), payload, _masked_crc32c(payload)])
+
+
+def _masked_crc32c(data: bytes) -> bytes:
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def _event(record: memoryview) -> memoryview:

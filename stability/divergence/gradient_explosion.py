@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings, Severity
 from stability.divergence.remedies import REMEDIES
-from stability.divergence.track import Track, from_states, origin, states
+from stability.divergence.track import ONSET_SCORE, Track, from_states, origin, states
 
 _WHAT = {"grad_norm": "gradient norm", "activation_grad_norm": "the norm of the gradient at its output,"}
 _SEVERITIES: tuple[Severity, ...] = ("warning", "divergence")
@@ -101,7 +101,9 @@ class GradientExplosionDetector:
                 continue
             median = medians[layer] = track.range.median()
             excess = log_norm - median
-            threshold = max(self._warning, self._num_spreads * track.range.spread())
+            threshold = self._warning
+            if excess >= ONSET_SCORE * threshold:  # nearly never; below, a wider spread changes nothing
+                threshold = max(threshold, self._num_spreads * track.range.spread())
             track.range.append(min(log_norm, median + threshold))
             track.add(step, norm, excess / threshold)
             if excess >= threshold:

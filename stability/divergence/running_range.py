@@ -40,17 +40,17 @@ class RunningRange:
 
     def append(self, value: float) -> None:
         """Takes a finite value in; the oldest goes."""
-        if len(self.values) == self._window:
-            del self._sorted[bisect_left(self._sorted, self.values.popleft())]
-        self.values.append(value)
-        insort(self._sorted, value)
+        values, ordered = self.values, self._sorted
+        if len(values) == self._window:
+            del ordered[bisect_left(ordered, values.popleft())]
+        values.append(value)
+        insort(ordered, value)
 
     def median(self) -> float:
         """Of an even number of values the mean of the middle two."""
-        middle = len(self._sorted) // 2
-        if len(self._sorted) % 2:
-            return self._sorted[middle]
-        return (self._sorted[middle - 1] + self._sorted[middle]) / 2
+        ordered = self._sorted
+        middle, is_odd = divmod(len(ordered), 2)
+        return ordered[middle] if is_odd else (ordered[middle - 1] + ordered[middle]) / 2
 
     def spread(self) -> float:
         """Interquartile range, as the standard deviation of a normal distribution that has it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings
 from stability.divergence.remedies import REMEDIES
-from stability.divergence.track import Track, from_states, origin, states
+from stability.divergence.track import ONSET_SCORE, Track, from_states, origin, states
 
 _ALIVE = math.log(10)
 
@@ -91,7 +91,9 @@ class VanishingGradientDetector:
                 log_norm = math.log(norm)
                 if len(track.range) >= self._min_history:
                     median = track.range.median()
-                    threshold = max(self._ratio, self._num_spreads * track.range.spread())
+                    threshold = self._ratio
+                    if median - log_norm >= ONSET_SCORE * threshold:  # nearly never
+                        threshold = max(threshold, self._num_spreads * track.range.spread())
                     score = (median - log_norm) / threshold
                     log_norm = max(log_norm, median - threshold)
                     is_any_alive |= median - log_norm < _ALIVE

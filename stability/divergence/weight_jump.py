@@ -104,7 +104,8 @@ class WeightJumpDetector:
         for layer, change in changes.items():
             past = self._tracks[layer].range
             if len(past) >= _SHORTEST_HABIT:
-                middle, habit = past.median(), _habit(past)
+                middle = past.median()
+                habit = _habit(past, middle)
                 excesses[layer] = abs(change - middle) / habit
                 reach[layer] = middle - self._ratio * habit, middle + self._ratio * habit
         common = median_low(excesses.values()) if len(excesses) >= self._min_layers else 1.0
@@ -198,7 +199,7 @@ class WeightJumpDetector:
             return []
         layer, spread = origin(self._tracks, out, ties="worst")
         track = self._tracks[layer]
-        change, habit = abs(changes[layer]), _habit(track.range)
+        change, habit = abs(changes[layer]), _habit(track.range, track.range.median())
         before, norm = track.recent[-2][1], track.recent[-1][1]
         restless = sum(excess >= self._ratio for name, excess in unusual.items() if name != layer)
         others = len(unusual) - 1
@@ -225,6 +226,6 @@ class WeightJumpDetector:
         ]
 
 
-def _habit(changes: RunningRange) -> float:
+def _habit(changes: RunningRange, median: float) -> float:
     """Half width of the middle 90 % of the changes, or the size of their median if that is larger."""
-    return max(changes.half_width(), abs(changes.median()), _TINY)
+    return max(changes.half_width(), abs(median), _TINY)

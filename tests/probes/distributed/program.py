@@ -236,14 +236,14 @@ def sequence_parallel_gives_up(directory: Path) -> Result:
 @contextmanager
 def _failing_norms(call: int) -> Iterator[None]:
     """On the last rank, the n-th time that norms of gradients or weights are computed fails."""
-    whole, calls = parameter_gradients.tensor_norms, itertools.count(1)
+    whole, calls = parameter_gradients.tensor_norms_by_device, itertools.count(1)
 
-    def failing(tensors: list[Tensor]) -> list[Tensor]:
+    def failing(tensors: list[Tensor]) -> list[tuple[list[int], Tensor]]:
         if next(calls) == call and dist.get_rank() == dist.get_world_size() - 1:
             raise torch.OutOfMemoryError("planted")
         return whole(tensors)
 
-    with mock.patch.object(parameter_gradients, "tensor_norms", failing):
+    with mock.patch.object(parameter_gradients, "tensor_norms_by_device", failing):
         yield
 
 

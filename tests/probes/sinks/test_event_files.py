@@ -39,6 +39,21 @@ def steps_of(directory: Path) -> list[int]:
     return series.steps.tolist()
 
 
+@pytest.mark.parametrize("size", [0, 1, 63, 5000])
+def test_tensorboards_own_reader_finds_the_checksums_right(tmp_path: Path, size: int) -> None:
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+
+    event = bytes((i * i + 7) % 256 for i in range(size))
+    files = EventFiles(tmp_path, 10**6)
+    files.append(event)
+    files.close()
+    (path,) = tmp_path.iterdir()
+    reader = PyRecordReader_New(str(path))
+    reader.GetNext()  # the file's version
+    reader.GetNext()  # raises if a checksum is wrong
+    assert reader.record() == event
+
+
 def test_the_stride_doubles_and_the_budget_holds(tmp_path: Path) -> None:
     files = EventFiles(tmp_path, BUDGET)
     for start in range(0, 3000, 10):
