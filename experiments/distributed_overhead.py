@@ -67,18 +67,19 @@ def wrap_fsdp(model: nn.Module, device: str) -> nn.Module:
 WRAPPINGS: dict[str, Callable[[nn.Module, str], nn.Module]] = {"ddp": wrap_ddp, "fsdp2": wrap_fsdp}
 
 
-def distributed_trainings(wrapping: str, preset: str, device: str) -> Callable[[], Training]:
-    """Trainings of this rank: one sequence of the longest length a step, another one than the other ranks.
+def distributed_trainings(wrapping: str, preset: str, device: str, batch_size: int) -> Callable[[], Training]:
+    """Trainings of this rank, on other sequences of the longest length than the other ranks'.
 
     Args:
         wrapping: A key of `WRAPPINGS`.
         preset: One of `PRESETS`.
         device: "cpu" or "cuda".
+        batch_size: Sequences a step and rank.
 
     Returns:
         A function that makes equal trainings.
     """
-    make_training = token_trainings(device, TOKEN_MODELS[preset], batch_size=1)
+    make_training = token_trainings(device, TOKEN_MODELS[preset], batch_size)
 
     def make() -> Training:
         training = make_training()
@@ -137,7 +138,7 @@ def measure(wrapping: str, options: argparse.Namespace, scratch: Path) -> dict[s
         Name → seconds per turn, round by round.
     """
     names = list(KINDS)
-    make_training = distributed_trainings(wrapping, options.preset, options.device)
+    make_training = distributed_trainings(wrapping, options.preset, options.device, options.batch_size)
     trainings = {name: make_training() for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(options.rounds + 1):
@@ -161,6 +162,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="160m-tokens: language model with 160M parameters, 8,192 tokens a rank; tiny is for tests",
     )
     add_device(parser, help_text="cuda: NCCL and bfloat16; cpu: gloo")
+    add("--batch-size", type=positive_int, default=1, help="sequences a step and rank (default 1)")
     add("--wrappings", nargs="+", choices=WRAPPINGS, default=list(WRAPPINGS), help="default both")
     add("--rounds", type=positive_int, default=5, help="turns of each configuration (default 5)")
     add("--steps-per-round", type=positive_int, default=40, help="timed steps of a turn (default 40)")
@@ -201,7 +203,9 @@ def _report(
     measured = {name: overheads(turns, KINDS, options.steps_per_round) for name, turns in seconds.items()}
     for wrapping, of_wrapping in measured.items():
         title = f"Cost of watching: {wrapping}, {options.preset}, {num_ranks} ranks, {options.device}"
-        note = f"{options.rounds} rounds of {options.steps_per_round} steps."
+        note = (
+            f"{options.rounds} rounds of {options.steps_per_round} steps, batch {options.batch_size} a rank."
+        )
         console.print(overhead_table(of_wrapping, title, note))
     path = options.out / "distributed_overhead.json"
     content = {
@@ -210,6 +214,7 @@ def _report(
         "ranks": num_ranks,
         "rounds": options.rounds,
         "steps_per_round": options.steps_per_round,
+        "batch_size": options.batch_size,
         "overheads": {name: [asdict(each) for each in found] for name, found in measured.items()},
         "seconds_per_turn": seconds,
     }

@@ -49,15 +49,17 @@ from experiments.overhead_training import TOKEN_MODELS, Training, cell_trainings
 DEFAULT_OUT = Path("runs/overhead")
 DEFAULT_STEPS = 200  # the longest of the periods of probes.attach, a multiple of the others
 
-PRESETS: dict[str, Callable[[str, str], Callable[[], Training]]] = {
-    "small": lambda device, mechanism: token_trainings(device, TOKEN_MODELS["small"]),
-    "160m": lambda device, mechanism: cell_trainings(device, "160m", 8192, mechanism),
-    "160m-tokens": lambda device, mechanism: token_trainings(
-        device, TOKEN_MODELS["160m-tokens"], batch_size=1
+# Preset → makes its trainings from device, mechanism and sequences a step; and how many those are by default.
+PRESETS: dict[str, Callable[[str, str, int], Callable[[], Training]]] = {
+    "small": lambda device, mechanism, batch: token_trainings(device, TOKEN_MODELS["small"], batch),
+    "160m": lambda device, mechanism, batch: cell_trainings(device, "160m", 8192, mechanism, batch),
+    "160m-tokens": lambda device, mechanism, batch: token_trainings(
+        device, TOKEN_MODELS["160m-tokens"], batch
     ),
-    "tiny": lambda device, mechanism: token_trainings(device, TOKEN_MODELS["tiny"]),
-    "tiny-cells": lambda device, mechanism: cell_trainings(device, "tiny", 32, mechanism),
+    "tiny": lambda device, mechanism, batch: token_trainings(device, TOKEN_MODELS["tiny"], batch),
+    "tiny-cells": lambda device, mechanism, batch: cell_trainings(device, "tiny", 32, mechanism, batch),
 }
+BATCH_SIZES = {"small": 8, "160m": 1, "160m-tokens": 1, "tiny": 8, "tiny-cells": 1}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 PRESETS_WITH_MECHANISMS = ("160m", "tiny-cells")
 
@@ -153,6 +155,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "tiny ones are for tests (default small)",
     )
     add_device(parser, help_text="cuda trains under bfloat16 autocast")
+    add("--batch-size", type=positive_int, help="sequences or cells a step (default 1 at 160m, otherwise 8)")
     add("--mechanism", choices=MECHANISMS, default="softmax", help="attention of 160m (default softmax)")
     add("--contenders", nargs="+", metavar="PATTERN", help="only those, beside bare (default all)")
     add("--rounds", type=positive_int, default=20, help="turns of each configuration (default 20)")
@@ -171,6 +174,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add_threads(parser)
     add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
     options = parser.parse_args(arguments)
+    if options.batch_size is None:
+        options.batch_size = BATCH_SIZES[options.preset]
     if options.mechanism != "softmax" and options.preset not in PRESETS_WITH_MECHANISMS:
         parser.error(f"--mechanism {options.mechanism} needs --preset 160m; {options.preset} is softmax.")
     if options.clock == "processor" and options.device != "cpu":
@@ -194,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         task = progress.add_task("", total=(options.rounds + 1) * len(competitors))
         seconds, failed = measure(
             competitors,
-            PRESETS[options.preset](options.device, options.mechanism),
+            PRESETS[options.preset](options.device, options.mechanism, options.batch_size),
             rounds=options.rounds,
             steps=options.steps_per_round,
             device=options.device,
@@ -209,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kinds = {contender.name: contender.kind for contender in competitors}
     measured = overheads(seconds, kinds, options.steps_per_round)
     title = f"Cost of watching: {options.preset}, {options.mechanism}, {options.device}, {options.clock} time"
-    note = f"{num_rounds} rounds of {options.steps_per_round} steps."
+    note = f"{num_rounds} rounds of {options.steps_per_round} steps, batch {options.batch_size}."
     if missing := missing_peers():
         note += f" Not installed: {', '.join(missing)}."
     if failed:
@@ -222,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **run_facts("overhead_benchmark", arguments, started, options.device),
             "rounds": num_rounds,
             "steps_per_round": options.steps_per_round,
+            "batch_size": options.batch_size,
             "overheads": [asdict(overhead) for overhead in measured],
             "missing_peers": missing,
             "failed_peers": failed,

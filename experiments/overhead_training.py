@@ -56,9 +56,7 @@ class Training:
         self.steps_done += 1
 
 
-def token_trainings(
-    device: str, config: TokenTransformerConfig, batch_size: int = 8
-) -> Callable[[], Training]:
+def token_trainings(device: str, config: TokenTransformerConfig, batch_size: int) -> Callable[[], Training]:
     """Trainings of a language model on fused softmax attention.
 
     Args:
@@ -87,21 +85,24 @@ def token_trainings(
     return lambda: _training(lambda: TokenTransformer(config), loss_of, device)
 
 
-def cell_trainings(device: str, preset: str, tokens: int, mechanism: str) -> Callable[[], Training]:
-    """Trainings of the stress test's cell transformer, one synthetic cell a step.
+def cell_trainings(
+    device: str, preset: str, tokens: int, mechanism: str, batch_size: int
+) -> Callable[[], Training]:
+    """Trainings of the stress test's cell transformer on synthetic cells.
 
     Args:
         device: As in :func:`token_trainings`.
         preset: A key of `experiments.cell_transformer.PRESETS`.
         tokens: Genes of a cell.
         mechanism: "softmax" or "sigmoid".
+        batch_size: Cells a step.
 
     Returns:
         As :func:`token_trainings`.
     """
     num_genes = tokens * 6 // 5  # of which a cell expresses nine in ten
     cells = synthetic_cells(num_cells=NUM_BATCHES, num_genes=num_genes, counts_per_cell=40 * num_genes)
-    stream = masked_batches(cells, batch_size=1, max_tokens=tokens, include_zeros=True)
+    stream = masked_batches(cells, batch_size=batch_size, max_tokens=tokens, include_zeros=True)
     batches = [batch.to(device) for batch in islice(stream, NUM_BATCHES)]
     config = CellTransformerConfig.preset(preset, num_genes=num_genes, attention=mechanism)
 

@@ -88,7 +88,7 @@ def test_table_names_the_peers_that_are_missing(tmp_path, capsys, monkeypatch):
 
 
 def test_every_configuration_trains_to_bitwise_the_same_weights(tmp_path):
-    make = PRESETS["tiny"]("cpu", "softmax")
+    make = PRESETS["tiny"]("cpu", "softmax", 8)
     weights = {}
     for contender in contenders(tmp_path):
         if contender.name.startswith("detached"):
@@ -104,7 +104,7 @@ def test_every_configuration_trains_to_bitwise_the_same_weights(tmp_path):
 
 
 def test_no_configuration_leaves_a_hook_to_the_next(tmp_path):
-    make = PRESETS["tiny"]("cpu", "softmax")
+    make = PRESETS["tiny"]("cpu", "softmax", 8)
     attention = torch.nn.functional.scaled_dot_product_attention
     num_hooks = {}
     for contender in contenders(tmp_path):
@@ -121,7 +121,7 @@ def test_no_configuration_leaves_a_hook_to_the_next(tmp_path):
 
 
 def test_probes_go_on_where_their_last_turn_ended(tmp_path):
-    training = PRESETS["tiny"]("cpu", "softmax")()
+    training = PRESETS["tiny"]("cpu", "softmax", 8)()
     (contender,) = (c for c in contenders(tmp_path) if c.name == "defaults, TensorBoard")
     for _ in range(2):
         with contender.watch(training) as watch:
@@ -139,7 +139,7 @@ def test_order_rotates_and_the_first_round_is_not_counted():
     competitors = [Contender(name, "ours", silent) for name in "abc"]
     seconds, failed = measure(
         competitors,
-        PRESETS["tiny"]("cpu", "softmax"),
+        PRESETS["tiny"]("cpu", "softmax", 8),
         rounds=3,
         steps=1,
         device="cpu",
@@ -155,7 +155,7 @@ def test_a_peer_that_fails_is_left_out_and_ours_is_not():
     def failing(training):
         yield lambda loss: 1 / 0
 
-    make = PRESETS["tiny"]("cpu", "softmax")
+    make = PRESETS["tiny"]("cpu", "softmax", 8)
     bare = Contender(BARE, "bare", silent)
     arguments = {"rounds": 2, "steps": 1, "device": "cpu"}
     seconds, failed = measure([bare, Contender("peer", "peer", failing)], make, **arguments)
@@ -195,7 +195,7 @@ def test_ctrl_c_keeps_complete_rounds(turn, rounds, tmp_path, monkeypatch, capsy
 
 def test_cells_train_too(tmp_path):
     for mechanism in ("softmax", "sigmoid"):
-        training = PRESETS["tiny-cells"]("cpu", mechanism)()
+        training = PRESETS["tiny-cells"]("cpu", mechanism, 1)()
         (contender,) = (c for c in contenders(tmp_path) if c.name == "everything each step, all rows")
         with contender.watch(training) as watch:
             training.step(watch)
