@@ -1,8 +1,10 @@
 """Sigmoid attention forward for Hopper: O = σ(scale·QKᵀ + bias) V without the n × n matrix.
 
-One program per multiprocessor walks over query tiles of 64 rows per consumer. Its warps have roles:
+One program per multiprocessor walks over query tiles of 64 rows per consumer: the next tile's first loads run
+under the last products and the store of the one before. Without a mask tiles cost the same and are dealt out;
+with lengths or causal they are drawn from a counter (`tile_scheduler`). The warps have roles:
 
-* the producer (one warp, 24 registers) keeps TMA loads of K and V blocks in flight, `STAGES` deep;
+* the producer (one warp, 24 registers) keeps TMA loads of K and V blocks in flight, `STAGES` deep, and draws;
 * each consumer (a warpgroup) owns 64 query rows and their output accumulator in registers.
 
 A consumer issues QKᵀ of block j + 1 and PV of block j together, then waits for the first alone: σ of block j
@@ -33,6 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from stability.attention.hopper.sigmoid import logit_coefficients, narrow, sigmoid, weight_factor
+from stability.attention.hopper.tile_scheduler import allocate_ring, draw, receive
 from stability.attention.hopper.tiles import clear_padding
 
 ROWS = gl.constexpr(64)  # of a consumer: the height of a wgmma
@@ -79,16 +82,19 @@ def _tile(
 
 @gluon.jit
 def _produce(
-    query, key, value, buffers, barriers, sizes, key_lengths, query_lengths,
+    query, key, value, buffers, barriers, schedule, sizes, key_lengths, query_lengths,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
     BLOCK_K: gl.constexpr = key.block_shape[2]
     queries, _, keys, values = buffers
     query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
     tokens_k, heads, group, blocks_q, tiles, _, _, _ = sizes
+    counter, ring = schedule
     step = 0
     query_phase = 1
-    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    draws = 0
+    index = gl.program_id(0)
+    while index < tiles:
         batch, head, start, _, _, blocks = _tile(
             index, key_lengths, query_lengths, tokens_k, heads, blocks_q, CONSUMERS * ROWS, BLOCK_K, IS_CAUSAL
         )
@@ -125,6 +131,8 @@ def _produce(
                 values.index(stage).reshape(value.block_shape),
             )
             step += 1
+        index = draw(index, draws, counter, ring)
+        draws += 1
 
 
 @gluon.jit
@@ -154,7 +162,7 @@ def _mask(p, row, column, keys, IS_CAUSAL: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, output, buffers, barriers, terms, sizes,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, output, buffers, barriers, schedule, terms, sizes,
     STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, MODE: gl.constexpr, QUERY_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     queries, outputs, keys, values = buffers
@@ -173,11 +181,14 @@ def _consume(
     query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
     tokens_k, heads, _, blocks_q, tiles, bias_stride_b, bias_stride_h, score_bias_stride_b = sizes
     no_scores = gl.zeros([ROWS, BLOCK_K], gl.float32, scores)
+    counter, ring = schedule
     step = 0
     query_phase = 0
+    draws = 0
     if CONSUMER == CONSUMERS - 1:
         _pass_turn(0)
-    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    index = gl.program_id(0)
+    while index < tiles:
         batch, head, start, rows, valid, blocks = _tile(
             index, key_lengths, query_lengths, tokens_k, heads, blocks_q, CONSUMERS * ROWS, BLOCK_K, IS_CAUSAL
         )
@@ -251,6 +262,8 @@ def _consume(
         tma.async_copy_shared_to_global(
             output, [batch, head, row, 0], outputs.index(CONSUMER).reshape(output.block_shape)
         )
+        index = receive(index, draws, counter, ring)
+        draws += 1
     tma.store_wait(0)
     if CONSUMER == 0:
         _take_turn(0)  # consumes the last turn passed: a barrier must not end half full
@@ -261,7 +274,7 @@ def _consume(
     "tokens_k", "heads", "group", "blocks_q", "tiles",
 ])  # fmt: skip
 def sigmoid_forward(
-    query, key, value, output, bias, score_bias, key_lengths, query_lengths,
+    query, key, value, output, bias, score_bias, key_lengths, query_lengths, counter,
     bias_stride_b, bias_stride_h, score_bias_stride_b, scale, tokens_k, heads, group, blocks_q, tiles,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, MODE: gl.constexpr,
     QUERY_IN_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
@@ -289,19 +302,23 @@ def sigmoid_forward(
         mbarrier.init(value_full.index(stage), count=1)
         mbarrier.init(key_empty.index(stage), count=CONSUMERS)
         mbarrier.init(value_empty.index(stage), count=CONSUMERS)
+    ring = ()
+    if counter is not None:
+        ring = allocate_ring(CONSUMERS)
     fence_async_shared()
     barriers = (query_full, query_empty, key_full, key_empty, value_full, value_empty)
     sizes = (tokens_k, heads, group, blocks_q, tiles, bias_stride_b, bias_stride_h, score_bias_stride_b)
     buffers = (queries, outputs, keys, values)
+    schedule = (counter, ring)
     terms = (bias, score_bias, key_lengths, query_lengths, scale)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, 2, output, buffers, barriers, terms, sizes,
+                (_consume, (0, 2, output, buffers, barriers, schedule, terms, sizes,
                             STAGES, IS_CAUSAL, MODE, QUERY_IN_REGISTERS)),
-                (_consume, (1, 2, output, buffers, barriers, terms, sizes,
+                (_consume, (1, 2, output, buffers, barriers, schedule, terms, sizes,
                             STAGES, IS_CAUSAL, MODE, QUERY_IN_REGISTERS)),
-                (_produce, (query, key, value, buffers, barriers, sizes, key_lengths, query_lengths,
+                (_produce, (query, key, value, buffers, barriers, schedule, sizes, key_lengths, query_lengths,
                             2, STAGES, IS_CAUSAL)),
             ],
             [4, 1],
@@ -310,13 +327,13 @@ def sigmoid_forward(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, 3, output, buffers, barriers, terms, sizes,
+                (_consume, (0, 3, output, buffers, barriers, schedule, terms, sizes,
                             STAGES, IS_CAUSAL, MODE, QUERY_IN_REGISTERS)),
-                (_consume, (1, 3, output, buffers, barriers, terms, sizes,
+                (_consume, (1, 3, output, buffers, barriers, schedule, terms, sizes,
                             STAGES, IS_CAUSAL, MODE, QUERY_IN_REGISTERS)),
-                (_consume, (2, 3, output, buffers, barriers, terms, sizes,
+                (_consume, (2, 3, output, buffers, barriers, schedule, terms, sizes,
                             STAGES, IS_CAUSAL, MODE, QUERY_IN_REGISTERS)),
-                (_produce, (query, key, value, buffers, barriers, sizes, key_lengths, query_lengths,
+                (_produce, (query, key, value, buffers, barriers, schedule, sizes, key_lengths, query_lengths,
                             3, STAGES, IS_CAUSAL)),
             ],
             [4, 4, 1],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from stability.attention.hopper.blocks import forward_blocks
@@ -46,10 +47,11 @@ def forward(
     output = empty_like_tokens(query, head_dim)
     blocks_q = -(-tokens_q // (64 * blocks.consumers))
     tiles = blocks_q * batch * heads
-    programs = min(tiles, multiprocessors(query.device))
+    counter = None
     if is_causal or key_lengths is not None or query_lengths is not None:
-        programs = tiles  # of unequal cost: the hardware hands the next to whichever multiprocessor is free
-    sigmoid_forward[(programs,)](
+        # Tiles of unequal cost. A counter of its own for each launch: others may run at the same time.
+        counter = torch.zeros(1, dtype=torch.int32, device=query.device)
+    sigmoid_forward[(min(tiles, multiprocessors(query.device)),)](
         descriptor(query, 64),
         descriptor(key, blocks.keys),
         descriptor(value, blocks.keys),
@@ -58,6 +60,7 @@ def forward(
         score_bias,
         key_lengths,
         query_lengths,
+        counter,
         bias.stride(0),
         bias.stride(1),
         0 if score_bias is None or score_bias.shape[0] == 1 else score_bias.stride(0),

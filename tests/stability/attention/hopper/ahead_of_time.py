@@ -2,7 +2,7 @@
 
     PYTHONPATH=<folder of triton 3.6>:<repository> python -m tests.stability.attention.hopper.ahead_of_time
 
-prints one line of JSON for each kernel of each call: registers, spills in loops, shared memory.
+prints one line of JSON for each kernel of each call: registers, spills in loops, shared memory, atomics.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def compile_call(head_dim: int, name: str, is_deterministic: bool | None) -> lis
 
 
 def measure(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, and accesses to local memory inside the innermost loops that multiply."""
+    """Registers of a thread, atomics, and accesses to local memory in the innermost loops that multiply."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
@@ -110,6 +110,7 @@ def measure(cubin: bytes) -> dict[str, int]:
         "registers": registers,
         "loops": len(inner),
         "loop_spills": max(spills, default=0),
+        "atomics": sum("ATOMG" in line for line in code),
         "overwritten_operands": sum(num_overwritten_operands(code[a:b]) for a, b in inner),
     }
 

@@ -194,3 +194,89 @@ def test_fast_mode(head_dim: int) -> None:
     expected = exact(inputs, arguments)
     for a, b in zip(compute(inputs, arguments | {"is_fast": True}), expected, strict=True):
         assert (a.double() - b).norm() <= 1e-2 * b.norm()
+
+
+# Lengths of every sequence, tokens of all: tiles of 128 or 192 rows, some 132 multiprocessors.
+RAGGED: dict[str, tuple[list[int], int]] = {
+    "fewer tiles than multiprocessors": ([300, 0, 77], 300),
+    "many sequences, most of them empty": ([0, 0, 999, 1, 0, 500, 0, 0] * 12, 1000),
+    "nothing but padding": ([0] * 64, 1000),
+    "one long, many short": ([4000] + [64] * 40, 4000),
+}
+
+
+def make_ragged(case: str, head_dim: int, is_causal: bool, seed: int = 0) -> dict[str, Any]:
+    """Arguments of a call on sequences of unequal lengths, NaN in the padding."""
+    lengths, tokens = RAGGED[case]
+    generator = torch.Generator("cuda").manual_seed(seed)
+    points = [
+        torch.randn(len(lengths), tokens, 4, head_dim, generator=generator, device="cuda").bfloat16()
+        for _ in range(3)
+    ]
+    for tensor in points:
+        for i, length in enumerate(lengths):
+            tensor[i, length:] = torch.nan
+    names = ("query", "key", "value")
+    return {name: tensor.transpose(1, 2) for name, tensor in zip(names, points, strict=True)} | {
+        "bias": torch.full((len(lengths), 4), -5.0, device="cuda"), "scale": head_dim**-0.5,
+        "score_bias": None, "is_causal": is_causal,
+        "query_lengths": torch.tensor(lengths, device="cuda"),
+        "key_lengths": torch.tensor(lengths, device="cuda"),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def _outputs_hold_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no tile writes shows, even where the memory held a result of an equal call."""
+    module = importlib.import_module("stability.attention.hopper.sigmoid_forward")
+    make_output = module.empty_like_tokens
+    monkeypatch.setattr(module, "empty_like_tokens", lambda *of: make_output(*of).fill_(torch.nan))
+
+
+@pytest.mark.usefixtures("_outputs_hold_nan")
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("case", RAGGED)
+def test_every_tile_is_drawn(case: str, head_dim: int, is_causal: bool) -> None:
+    """A sequence by itself has few tiles, which all are the first ones of their programs."""
+    call = make_ragged(case, head_dim, is_causal)
+    alone = [
+        hopper.forward(**{
+            name: value[i : i + 1] if isinstance(value, Tensor) else value for name, value in call.items()
+        })
+        for i in range(len(call["query"]))
+    ]  # fmt: skip
+    expected = torch.cat(alone)
+    assert expected.isfinite().all()
+    for _ in range(20):
+        assert torch.equal(hopper.forward(**call), expected)
+
+
+@pytest.mark.usefixtures("_outputs_hold_nan")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_launches_at_the_same_time_do_not_share_a_counter(head_dim: int) -> None:
+    calls = [make_ragged(case, head_dim, False, seed) for seed, case in enumerate(RAGGED)]
+    expected = [hopper.forward(**call) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        outputs = []
+        for call, stream in zip(calls, streams, strict=True):
+            with torch.cuda.stream(stream):
+                outputs.append(hopper.forward(**call))
+        torch.cuda.synchronize()
+        for output, value in zip(outputs, expected, strict=True):
+            assert torch.equal(output, value)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_replayed_graph_counts_from_zero_again(head_dim: int) -> None:
+    call = make_ragged("many sequences, most of them empty", head_dim, False)
+    expected = hopper.forward(**call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = hopper.forward(**call)
+    for _ in range(3):
+        output.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(output, expected)
