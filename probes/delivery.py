@@ -112,9 +112,9 @@ class Delivery:
             # May fail: without this rank the others would wait for ever.
             transfer = self._ranks.start(step, pending, is_rest=judged is not None)
             self._in_flight = _InFlight(transfer, judged)
-            self._alone_in_flight = self._ranks.start_alone(step, transfer.left_out)
+            self._alone_in_flight = self._start_alone(self._ranks, step, transfer.left_out)
         else:
-            self._alone_in_flight = self._ranks.start_alone(step, pending)
+            self._alone_in_flight = self._start_alone(self._ranks, step, pending)
         self._act(self._deliver(arrived, alone))
 
     def judge(self, step: int, pending: Pending) -> Alert | None:
@@ -206,6 +206,13 @@ class Delivery:
         try:
             return _InFlight(Transfer(step, pending), judged)
         except Exception as error:
+            self._warn_of_copy(step, error)
+            return None
+
+    def _start_alone(self, ranks: Ranks, step: int, pending: Pending | None) -> LocalTransfer | None:
+        try:
+            return ranks.start_alone(step, pending)
+        except Exception as error:  # no other rank waits for these
             self._warn_of_copy(step, error)
             return None
 
