@@ -68,8 +68,11 @@ def join(
     if grad_norms:
         joined[GLOBAL_GRAD_NORM] = root_sum_of_squares(grad_norms)
     recorded = {s: value for s, value in joined.items() if s.quantity[0] != "_"}
-    # A mean of k parts has the standard error sqrt(Σ e²)/k.
-    error_of = {s: root_sum_of_squares(of_series) / len(of_series) for s, of_series in errors.items()}
+    # A mean of k parts has the standard error sqrt(Σ e²)/k; those that are exact have e = 0.
+    error_of = {
+        s: root_sum_of_squares(of_series) / (len(several[s]) if s in several else 1)
+        for s, of_series in errors.items()
+    }
     return StepRecords(
         step,
         tuple(labelled.get(series, series) for series in recorded),
