@@ -21,6 +21,10 @@ from probes.sinks.sink import Sink
 from probes.transfer import Transfer
 from stability.divergence import Alert, Detector
 
+# Transfers that a fault of the device has cut short, kept until the process ends: freeing host memory that
+# such a device was writing aborts the process, before its report is written.
+_lost: list[Transfer | GlobalTransfer] = []
+
 
 class _Judged(NamedTuple):
     """What of a step was judged before its update, and whether the update is left out."""
@@ -111,9 +115,9 @@ class Delivery:
             # May fail: without this rank the others would wait for ever.
             transfer = self._ranks.start(step, pending, is_rest=judged is not None)
             self._in_flight = _InFlight(transfer, judged)
-            self._alone_in_flight = self._ranks.start_alone(step, transfer.left_out)
+            self._alone_in_flight = self._start_alone(self._ranks, step, transfer.left_out)
         else:
-            self._alone_in_flight = self._ranks.start_alone(step, pending)
+            self._alone_in_flight = self._start_alone(self._ranks, step, pending)
         self._act(self._deliver(arrived, alone))
 
     def judge(self, step: int, pending: Pending) -> Alert | None:
@@ -208,6 +212,13 @@ class Delivery:
             self._warn_of_copy(step, error)
             return None
 
+    def _start_alone(self, ranks: Ranks, step: int, pending: Pending | None) -> LocalTransfer | None:
+        try:
+            return ranks.start_alone(step, pending)
+        except Exception as error:  # no other rank waits for these
+            self._warn_of_copy(step, error)
+            return None
+
     def _take_in_flight(self) -> tuple[_InFlight | None, LocalTransfer | None]:
         taken = self._in_flight, self._alone_in_flight
         self._in_flight = self._alone_in_flight = None
@@ -219,7 +230,7 @@ class Delivery:
         try:
             records = in_flight.transfer.wait()
         except Exception as error:  # a CUDA fault or a dead rank: what was recorded is not lost
-            self._warn_of_copy(in_flight.transfer.step, error)
+            self._give_up(in_flight.transfer, error)
             return None
         return records if in_flight.judged is None else records.without(in_flight.judged.series)
 
@@ -227,7 +238,7 @@ class Delivery:
         try:
             records = alone.wait()
         except Exception as error:  # as in `_arrive`
-            self._warn_of_copy(alone.step, error)
+            self._give_up(alone, error)
             return
         self._write(records)
 
@@ -260,6 +271,10 @@ class Delivery:
             for sink in list(self._sinks):
                 call_or_drop(self._sinks, sink, sink.write_alert, alert)
         return alerts
+
+    def _give_up(self, transfer: Transfer | GlobalTransfer, error: Exception) -> None:
+        _lost.append(transfer)
+        self._warn_of_copy(transfer.step, error)
 
     def _warn_of_copy(self, step: int, error: Exception) -> None:
         if not self._has_warned_of_copy:

@@ -28,6 +28,8 @@ _MEASURED_WITH = {
     "layer_jacobian": JACOBIANS,
 }
 _AT_OUTPUTS = ("activation_rms", "activation_max_abs", "activation_grad_norm", "_output_grad_norm")
+# Both sides of a gain: a call whose input was not seen does not enter it.
+_WITH_INPUTS = ("_input_grad_norm", "_output_grad_norm")
 
 
 class Guard:
@@ -67,6 +69,11 @@ class Guard:
             warnings.warn(message, ProbeWarning, stacklevel=3)
 
 
+def inputs_of(layer: str) -> str:
+    """Name of the measurement of a layer's inputs."""
+    return f"inputs of {layer}"
+
+
 def outputs_of(layer: str) -> str:
     """Name of the measurement of a layer's outputs."""
     return f"outputs of {layer}"
@@ -83,6 +90,8 @@ def is_lost(series: Series, given_up: Collection[str]) -> bool:
         return False
     layer, quantity = series.layer, series.quantity
     if quantity in _AT_OUTPUTS and outputs_of(layer) in given_up:
+        return True
+    if quantity in _WITH_INPUTS and inputs_of(layer) in given_up:
         return True
     if quantity in ("activation_rms", "activation_max_abs"):
         return size_at(layer) in given_up

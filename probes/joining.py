@@ -98,7 +98,11 @@ class _Joining:
         recorded = [name for name in place if name.quantity[0] != "_"]
         self._series = tuple(labelled.get(name, name) for name in recorded)
         self._recorded = _picker([place[name] for name in recorded])
-        self._errors = [(i, _picker(errors[name])) for i, name in enumerate(recorded) if name in errors]
+        self._errors = [
+            (index, _picker(errors[name]), len(parts[name]))
+            for index, name in enumerate(recorded)
+            if name in errors
+        ]
 
     def __call__(self, step: int, numbers: Sequence[float]) -> StepRecords:
         """The records of a step with these numbers."""
@@ -117,10 +121,9 @@ class _Joining:
         if self._grad_norms is not None:
             values[self._whole] = root_sum_of_squares(self._grad_norms(values))
         standard_errors = np.full(len(self._series), math.nan)
-        for index, parts in self._errors:
-            # A mean of k parts has the standard error sqrt(Σ e²)/k.
-            of_parts = parts(numbers)
-            standard_errors[index] = root_sum_of_squares(of_parts) / len(of_parts)
+        for index, errors, num_parts in self._errors:
+            # A mean of k parts has the standard error sqrt(Σ e²)/k; those that are exact have e = 0.
+            standard_errors[index] = root_sum_of_squares(errors(numbers)) / num_parts
         recorded = np.array(self._recorded(values), dtype=np.float64)
         records = StepRecords(step, self._series, recorded, standard_errors)
         return records.without(absent) if absent else records

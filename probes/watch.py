@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from probes.activations import Activations
 from probes.attention_calls import AttentionCalls
 from probes.compiled_layers import CompiledLayers, What
-from probes.guard import JACOBIANS, Guard, outputs_of
+from probes.guard import JACOBIANS, Guard, inputs_of, outputs_of
 from probes.layer_jacobians import measure_layer_jacobian
 from probes.layers import activation_layers, outermost_blocks, parameter_layers
 from probes.optimizer_watch import OptimizerWatch
@@ -189,7 +189,7 @@ class Watch:
             self._activations.start_forward()
             self.attention.start_forward()
         if name in self._measured_layers:
-            self._guard(f"inputs of {name}", self._activations.see_input, name, args)
+            self._guard(inputs_of(name), self._activations.see_input, name, args)
 
     def _after_module(self, module: nn.Module, name: str, args: tuple, kwargs: dict, output: object) -> None:
         if self._is_measuring_jacobian or not torch.is_grad_enabled() or output is None:

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 import probes
-from probes.record import Series, StepRecords
+from probes.record import ALL_LAYERS, Series, StepRecords
 from probes.sinks import TensorBoardSink
+from stability.divergence import Alert
 
 pytest.importorskip("selenium")
 
@@ -99,6 +100,22 @@ def test_what_a_person_sees_of_the_stress_test(stress_runs: Path, tmp_path: Path
         assert word in ladder["text"]
     for name in ("custom_scalars", "images", "text", "hparams"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_an_alert_of_the_whole_model_is_drawn_as_that_of_a_layer(tmp_path: Path) -> None:
+    screenshots = runpy.run_path(str(ROOT / "docs" / "make_screenshots.py"))
+    for name, layer in (("none", None), ("layer", "a"), ("whole", ALL_LAYERS)):
+        sink = TensorBoardSink(tmp_path / name)
+        sink.write(StepRecords(0, (Series("a", "grad_norm"),), np.ones(1), np.full(1, math.nan)))
+        if layer is not None:
+            sink.write_alert(Alert(0, layer, "grad_norm", "warning", 1.0, None, "it rose.", kind="explosion"))
+        sink.close()
+    with screenshots["serve_tensorboard"](tmp_path) as address:
+        none, of_layer, of_whole = (
+            screenshots["photograph"](address, tmp_path / f"{run}.png", "custom_scalars", runs=run)["lines"]
+            for run in ("none", "layer", "whole")
+        )
+    assert none < of_layer == of_whole
 
 
 def test_a_server_goes_on_while_files_are_thinned(tmp_path: Path) -> None:

@@ -64,9 +64,11 @@ def is_image(event: memoryview) -> bool:
 def _parsed(event: memoryview, kind: bytes) -> int | None:
     """An event's step if its first value is of that kind."""
     try:
-        if event[:1] != _WALL_TIME or event[9:10] != _STEP:
+        if event[:1] != _WALL_TIME:
             return None
-        step, position = _read_varint(event, 10)
+        step, position = 0, 9
+        if event[9:10] == _STEP:  # protocol buffers leave a step of 0 out
+            step, position = _read_varint(event, 10)
         for key in (_SUMMARY, _VALUE, _TAG):
             if event[position : position + 1] != key:
                 return None

@@ -30,6 +30,10 @@ MAX_ONSETS = 8  # alerts that pictures point at
 MAX_COLUMNS = 32  # sets of series that are remembered
 FIRST_PICTURES = 16  # recorded steps before the first pictures; the next ones come after twice as many
 
+# Custom Scalars takes all from a tag's first parenthesis on for the name of a run that it does not find, and
+# draws nothing.
+_WITHOUT_PARENTHESES = str.maketrans("()", "[]")
+
 # Values at the ends of the colour scale.
 _SCALES = {
     "grad_norm": (1e-6, 1e6),
@@ -58,7 +62,7 @@ class TensorBoardSink:
     anew when it is twice as long, at the first alerts and at the end; Text its configuration and its alerts;
     Distributions the single heads; HParams the peak of its gradient norm. Scalars has ``quantity/layer`` for
     every record of a layer. NaN and infinity are written as such. The marker of an alert is the scalar
-    ``alert/kind/layer``: 1 for a warning, 2 for divergence.
+    ``alert/kind/layer``: 1 for a warning, 2 for divergence; of the whole model, ``alert/kind/[all]``.
 
     The files stay within ``max_megabytes``: whenever they have grown to two thirds of it, every second of the
     steps in them goes, and only every 2nd, 4th, … further one is written. Alerts stay, up to a thousand and a
@@ -177,7 +181,7 @@ class TensorBoardSink:
         told = self._summaries.text("alerts", "\n\n".join(lines))
         # After the text: an event that begins with a scalar is a step's, and thinned.
         marker, value = alert_marker(alert)
-        told.value.add(tag=marker.tag, simple_value=value)
+        told.value.add(tag=marker.tag.translate(_WITHOUT_PARENTHESES), simple_value=value)
         self._alert_room -= told.ByteSize()
         if self._alert_room < 0:
             return

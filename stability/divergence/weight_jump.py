@@ -100,12 +100,13 @@ class WeightJumpDetector:
         norms = {layer: w for layer, w in readings.get("weight_norm", {}).items() if 0 < w < math.inf}
         changes = self._changes(step, norms)
         excesses: dict[str, float] = {}
+        habits: dict[str, float] = {}  # before this step
         reach: dict[str, tuple[float, float]] = {}  # changes enter the history cut off there
         for layer, change in changes.items():
             past = self._tracks[layer].range
             if len(past) >= _SHORTEST_HABIT:
                 middle = past.median()
-                habit = _habit(past, middle)
+                habit = habits[layer] = _habit(past, middle)
                 excesses[layer] = abs(change - middle) / habit
                 reach[layer] = middle - self._ratio * habit, middle + self._ratio * habit
         common = median_low(excesses.values()) if len(excesses) >= self._min_layers else 1.0
@@ -129,7 +130,7 @@ class WeightJumpDetector:
             track.add(step, norm, score)
         if not excesses:
             return []
-        return self._common_alerts(step, changes) or self._single_alerts(step, changes, unusual)
+        return self._common_alerts(step, changes) or self._single_alerts(step, changes, habits, unusual)
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
@@ -192,14 +193,16 @@ class WeightJumpDetector:
             )
         ]
 
-    def _single_alerts(self, step: int, changes: dict[str, float], unusual: dict[str, float]) -> list[Alert]:
+    def _single_alerts(
+        self, step: int, changes: dict[str, float], habits: dict[str, float], unusual: dict[str, float]
+    ) -> list[Alert]:
         out = [layer for layer in unusual if self._tracks[layer].score >= 1]
         begins, self._is_reported = bool(out) and not self._is_reported, bool(out)
         if not begins:
             return []
         layer, spread = origin(self._tracks, out, ties="worst")
         track = self._tracks[layer]
-        change, habit = abs(changes[layer]), _habit(track.range, track.range.median())
+        change, habit = abs(changes[layer]), habits[layer]
         before, norm = track.recent[-2][1], track.recent[-1][1]
         restless = sum(excess >= self._ratio for name, excess in unusual.items() if name != layer)
         others = len(unusual) - 1

@@ -33,14 +33,25 @@ def test_a_measurement_that_fails_is_not_tried_again() -> None:
 @pytest.mark.parametrize(
     ("given_up", "lost"),
     [
-        ("gradients", {"grad_norm", "grad_max_abs", "nonfinite_count", "activation_grad_norm"}),
+        (
+            "gradients",
+            {
+                *("grad_norm", "grad_max_abs", "nonfinite_count", "activation_grad_norm"),
+                *("_input_grad_norm", "_output_grad_norm"),
+            },
+        ),
         ("weights", {"weight_norm"}),
         ("updates", {"_update_norm"}),
         ("attention", {"attention/entropy"}),
         ("layer Jacobians", {"layer_jacobian/spectral"}),
-        ("outputs of a", {"activation_rms", "activation_max_abs", "activation_grad_norm"}),
+        (
+            "outputs of a",
+            {"activation_rms", "activation_max_abs", "activation_grad_norm", "_output_grad_norm"},
+        ),
+        ("inputs of a", {"_input_grad_norm", "_output_grad_norm"}),
         ("the size of outputs of a", {"activation_rms", "activation_max_abs"}),
         ("outputs of b", set()),
+        ("inputs of b", set()),
     ],
 )
 def test_what_is_lost(given_up: str, lost: set[str]) -> None:
@@ -53,6 +64,7 @@ def test_what_is_lost(given_up: str, lost: set[str]) -> None:
             "weight_norm",
             "_update_norm",
         ),
+        *("_input_grad_norm", "_output_grad_norm"),
         *("attention/entropy", "layer_jacobian/spectral", "activation_rms", "activation_max_abs", "loss"),
     }
     assert {q for q in quantities if is_lost(series_of("a", q), {given_up})} == lost

@@ -1,4 +1,4 @@
-"""Running :mod:`tests.probes.distributed.program` under torchrun."""
+"""Running the programs of this folder under torchrun."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 
-def launch(directory: Path, num_ranks: int, scenarios: list[str]) -> subprocess.CompletedProcess[str]:
+def launch(
+    directory: Path, num_ranks: int, scenarios: list[str], *, program: str = "program"
+) -> subprocess.CompletedProcess[str]:
     """Runs scenarios, one after the other, in one set of processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    program = ["-m", "tests.probes.distributed.program", str(directory), *scenarios]
+    module = ["-m", f"tests.probes.distributed.{program}", str(directory), *scenarios]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     return subprocess.run(
-        [sys.executable, *torchrun, *program],
+        [sys.executable, *torchrun, *module],
         env=environment,
         capture_output=True,
         text=True,

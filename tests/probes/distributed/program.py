@@ -1,6 +1,6 @@
 """One rank of the trainings that the tests here look at.
 
-``torchrun -m tests.probes.distributed.program DIRECTORY SCENARIO...`` writes DIRECTORY/SCENARIO-RANK.json.
+Run by :mod:`tests.probes.distributed.launch`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import probes
 from probes import parameter_gradients
+from probes.activations import Activations
 from stability.divergence import EpisodeDetector, LossDetector
 from tests.probes.distributed.trainings import (
     EVERYTHING,
@@ -95,7 +96,7 @@ def sampled_rows(directory: Path) -> Result:
 
 
 def fsdp(directory: Path) -> Result:
-    return as_rows(train(_sharded(), own_part))
+    return as_rows(train(sharded(), own_part))
 
 
 def ddp_on_gpus(directory: Path) -> Result:
@@ -103,23 +104,23 @@ def ddp_on_gpus(directory: Path) -> Result:
 
 
 def fsdp_on_gpus(directory: Path) -> Result:
-    return as_rows(train(_sharded("cuda"), lambda whole: own_part(whole).cuda()))
+    return as_rows(train(sharded("cuda"), lambda whole: own_part(whole).cuda()))
 
 
 def nan_in_backward_on_gpus(directory: Path) -> Result:
     options = {"activations_every": 10, "details_every": 0, "attention_every": 10}
-    return _with_nan(_nan_gradient, step_of_nan=4, wrap=lambda bare: _sharded("cuda"), **options)
+    return _with_nan(_nan_gradient, step_of_nan=4, wrap=lambda bare: sharded("cuda"), **options)
 
 
 def fsdp_cpu_offload(directory: Path) -> Result:
-    return as_rows(train(_sharded(offload_policy=CPUOffloadPolicy(pin_memory=False)), own_part))
+    return as_rows(train(sharded(offload_policy=CPUOffloadPolicy(pin_memory=False)), own_part))
 
 
 def hybrid(directory: Path) -> Result:
     """Sharded in pairs, copied over them."""
     shape = (2, dist.get_world_size() // 2)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards"))
-    return as_rows(train(_sharded(mesh=mesh), own_part))
+    return as_rows(train(sharded(mesh=mesh), own_part))
 
 
 def tensor_parallel(directory: Path) -> Result:
@@ -217,6 +218,21 @@ def gives_up(directory: Path) -> Result:
         return as_rows(train(DistributedDataParallel(model()), own_part, steps=6, details_every=0))
 
 
+def gives_up_inputs(directory: Path) -> Result:
+    """From the third step on the last rank does not look at the inputs of one layer."""
+    whole = Activations.see_input
+
+    def failing(activations: Activations, layer: str, inputs: object) -> None:
+        is_last = dist.get_rank() == dist.get_world_size() - 1
+        if layer == "blocks.0.up" and is_last and next(calls) == 2:
+            raise RuntimeError("planted")
+        whole(activations, layer, inputs)
+
+    calls = itertools.count()
+    with mock.patch.object(Activations, "see_input", failing):
+        return as_rows(train(DistributedDataParallel(model()), own_part, steps=4))
+
+
 def sequence_parallel_gives_up(directory: Path) -> Result:
     """Ranks add up partial sums of gradients, whatever has failed on one of them."""
     trained = _sequence_parallel()
@@ -252,7 +268,7 @@ def grad_scaler(directory: Path) -> Result:
 
 
 def fsdp_with_grad_scaler(directory: Path) -> Result:
-    return _with_grad_scaler(_sharded())
+    return _with_grad_scaler(sharded())
 
 
 def _with_grad_scaler(wrapped: nn.Module) -> Result:
@@ -271,7 +287,7 @@ def unchanged(directory: Path) -> Result:
     """Whether weights after training with a probe and without are the same, bit by bit."""
     return {
         "ddp": _is_unchanged(lambda: DistributedDataParallel(model())),
-        "fsdp": _is_unchanged(_sharded),
+        "fsdp": _is_unchanged(sharded),
     }
 
 
@@ -305,7 +321,7 @@ def nan_in_backward(directory: Path) -> Result:
 
 def nan_in_backward_of_fsdp(directory: Path) -> Result:
     options = {"activations_every": 10, "details_every": 0, "attention_every": 10}
-    return _with_nan(_nan_gradient, step_of_nan=4, wrap=lambda bare: _sharded(), **options)
+    return _with_nan(_nan_gradient, step_of_nan=4, wrap=lambda bare: sharded(), **options)
 
 
 def nan_raises(directory: Path) -> Result:
@@ -380,7 +396,7 @@ def refused(directory: Path) -> Result:
         ),
         "settings": message(lambda: probes.attach(small, on_divergence="warn" if is_first else "raise")),
         "model": message(lambda: probes.attach(large)),
-        "jacobians": message(lambda: probes.attach(_sharded(), layer_jacobian_every=1)),
+        "jacobians": message(lambda: probes.attach(sharded(), layer_jacobian_every=1)),
         "member": "" if is_first else message(lambda: probes.attach(small, process_group=of_first)),
     }
     state = {**watching.state_dict(), "step": 4 + dist.get_rank()}
@@ -430,13 +446,13 @@ def killed(directory: Path) -> Result:
     return as_rows(probe)
 
 
-def _sharded(device: str = "cpu", mesh: DeviceMesh | None = None, **options: Any) -> nn.Module:
-    sharded = model().to(device)
+def sharded(device: str = "cpu", mesh: DeviceMesh | None = None, **options: Any) -> nn.Module:
+    model_in_parts = model().to(device)
     mesh = mesh or init_device_mesh(device, (dist.get_world_size(),))
-    for block in sharded.blocks:
+    for block in model_in_parts.blocks:
         fully_shard(block, mesh=mesh, **options)
-    fully_shard(sharded, mesh=mesh, **options)
-    return sharded
+    fully_shard(model_in_parts, mesh=mesh, **options)
+    return model_in_parts
 
 
 def _divided(mesh: Any) -> nn.Module:
@@ -493,19 +509,24 @@ def _nan_gradient(block: nn.Module) -> None:
     )
 
 
-def main() -> None:
-    directory, *scenarios = sys.argv[1:]
+def main(scenarios: Mapping[str, Callable[[Path], Result]]) -> None:
+    """Starts the process group and runs scenarios in it."""
     backend = "gloo"
-    if scenarios[0].endswith("_on_gpus"):
+    if sys.argv[-1].endswith("_on_gpus"):
         backend = "nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend, timeout=timedelta(seconds=30))
-    for name in scenarios:
-        result = globals()[name](Path(directory))
-        path = Path(directory) / f"{name}-{dist.get_rank()}.json"
-        path.write_text(json.dumps(result))
+    run_scenarios(scenarios)
     dist.destroy_process_group()
 
 
+def run_scenarios(scenarios: Mapping[str, Callable[[Path], Result]]) -> None:
+    """Runs those that the command line names: DIRECTORY SCENARIO... writes DIRECTORY/SCENARIO-RANK.json."""
+    directory, *names = sys.argv[1:]
+    for name in names:
+        result = scenarios[name](Path(directory))
+        (Path(directory) / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
 if __name__ == "__main__":
-    main()
+    main(globals())

@@ -42,6 +42,7 @@ OF_TWO = [
     "growing_accumulation",
     "different_lengths",
     "gives_up",
+    "gives_up_inputs",
     "sequence_parallel_gives_up",
     "grad_scaler",
     "fsdp_with_grad_scaler",
@@ -196,6 +197,15 @@ class TestNumbers:
         for quantity in ("grad_norm/(all)", "grad_norm/embed", "activation_grad_norm/blocks.0"):
             steps = [step for step in range(6) if f"{step} {quantity} None" in of_run]
             assert steps == [0, 1], quantity
+
+    def test_a_gain_is_recorded_of_none_where_one_rank_does_not_see_the_inputs(self, of_two: Path) -> None:
+        of_run = rows(of_two, 2, "gives_up_inputs")
+        for name, expected in (
+            ("gradient_gain/blocks.0.up", [0, 1]),
+            ("gradient_gain/blocks.0.down", [0, 1, 2, 3]),
+            ("activation_rms/blocks.0.up", [0, 1, 2, 3]),
+        ):
+            assert [step for step in range(4) if f"{step} {name} None" in of_run] == expected, name
 
     def test_a_rank_that_gives_up_takes_part_in_partial_sums(self, of_two: Path) -> None:
         for result in results(of_two, 2, "sequence_parallel_gives_up"):

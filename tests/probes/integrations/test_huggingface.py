@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 
-def tiny_llama() -> nn.Module:
+def tiny_llama(dropout: float = 0.1) -> nn.Module:
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -38,7 +38,7 @@ def tiny_llama() -> nn.Module:
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=2,
-            attention_dropout=0.1,
+            attention_dropout=dropout,
         )
     )
 

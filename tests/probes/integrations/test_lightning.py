@@ -105,11 +105,11 @@ def poison(module: LightningModule) -> None:
         module.head.weight[0, 0] = math.nan
 
 
-def loader() -> torch.utils.data.DataLoader:
+def loader(batch_size: int = 4) -> torch.utils.data.DataLoader:
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(32, 5, 16, generator=generator)
     targets = torch.randint(4, (32,), generator=generator)
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=4)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size)
 
 
 def trainer(directory: Path, *callbacks: Callback, **options: Any) -> Trainer:

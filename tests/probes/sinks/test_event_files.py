@@ -134,6 +134,21 @@ def test_a_leftover_of_a_thinning_that_is_under_way_stays(tmp_path: Path) -> Non
     assert not unfinished.exists()
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_pictures_go_when_files_are_thinned(tmp_path: Path, step: int) -> None:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    image = Summary.Image(encoded_image_string=b"picture of the first step")
+    picture = Event(wall_time=1.0, step=step, summary=Summary(value=[Summary.Value(tag="map", image=image)]))
+    files = EventFiles(tmp_path, BUDGET)
+    files.append(picture.SerializeToString())
+    write(files, range(1000))
+    files.close()
+    assert files.stride > 1
+    assert not any(image.encoded_image_string in path.read_bytes() for path in tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("num_texts", [0, 30, 100])
 def test_what_cannot_be_thinned_does_not_run_away_with_the_stride(tmp_path: Path, num_texts: int) -> None:
     files = EventFiles(tmp_path, BUDGET)

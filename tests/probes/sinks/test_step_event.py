@@ -31,6 +31,20 @@ def test_not_a_number_stays_one() -> None:
     assert math.isnan(value.simple_value)
 
 
+@pytest.mark.parametrize("step", [0, 1, 300])
+def test_what_tensorboards_own_writers_serialise_is_told_apart(step: int) -> None:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from torch.utils.tensorboard.summary import scalar, text
+
+    image = Summary(value=[Summary.Value(tag="picture", image=Summary.Image(encoded_image_string=b"png"))])
+    told = []
+    for summary in (image, scalar("loss", 1.0), text("note", "words")):
+        event = memoryview(Event(wall_time=1.0, step=step, summary=summary).SerializeToString())
+        told.append((is_image(event), step_of_scalars(event)))
+    assert told == [(True, None), (False, step), (False, None)]
+
+
 def test_more_values_come_after_the_scalars() -> None:
     from tensorboard.compat.proto.event_pb2 import Event
     from torch.utils.tensorboard.summary import text

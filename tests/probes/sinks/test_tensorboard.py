@@ -107,6 +107,16 @@ def test_the_text_page_tells_configuration_and_alerts(tmp_path: Path) -> None:
         assert words in text
 
 
+def test_markers_of_alerts_have_no_parentheses(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    for layer in ("blocks.1", ALL_LAYERS):
+        sink.write_alert(replace(alert(3), layer=layer))
+    sink.close()
+    scalars = accumulated(tmp_path).Tags()["scalars"]
+    assert scalars == ["alert/explosion/blocks.1", "alert/explosion/[all]"]
+    assert [a.layer for a in probes.read(tmp_path).alerts] == ["blocks.1", ALL_LAYERS]
+
+
 def test_hparams_sort_by_the_peak_gradient_norm(tmp_path: Path) -> None:
     from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data
     from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data as parse_start

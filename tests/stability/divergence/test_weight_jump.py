@@ -32,6 +32,15 @@ def test_the_sentence_says_what_the_other_layers_do() -> None:
     assert {alert.layer, *alert.spread} == {"head", "embedding"}
 
 
+def test_the_sentence_tells_the_habit_before_the_jump() -> None:
+    detector, norms = WeightJumpDetector(), {"a": 10.0, "b": 5.0}
+    for step in range(8):
+        assert not detector.update(step, {"weight_norm": dict(norms)})
+        norms = {layer: norm * math.exp((-1) ** step * 1e-3) for layer, norm in norms.items()}
+    (alert,) = detector.update(8, {"weight_norm": {**norms, "a": 1e3}})
+    assert "where 0.1 % is its habit" in alert.reason
+
+
 def test_a_small_change_is_told_where_the_layer_never_made_one() -> None:
     def series(change: float) -> Iterator[tuple[int, Step]]:
         for step in range(120):
