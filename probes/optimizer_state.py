@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from probes.pending import Pending
-from probes.record import series_of
+from probes.record import series_of, series_of_each
 from probes.sharding import Sharding
-from stability.norms import tensor_norms
+from stability.norms import tensor_norms_by_device
 
 
 class OptimizerState:
@@ -58,14 +58,15 @@ class OptimizerState:
             gradients: By parameter, what is here of its gradient.
         """
         stepped = [parameter for parameter, _ in self._weights_before]
-        layers = [self._layer_of[parameter] for parameter in stepped]
+        layers = tuple(self._layer_of[parameter] for parameter in stepped)
         changes = [before for _, before in self._weights_before]
         if changes:
             torch._foreach_sub_(changes, self._values_of(stepped))
         self._weights_before = []
         weights = self._sharding.weights(stepped)
-        for layer, norm, weight in zip(layers, tensor_norms(changes), weights, strict=True):
-            pending.add(series_of(layer, "_update_norm"), norm, weight=weight)
+        names = series_of_each(layers, "_update_norm")
+        for indices, norms in tensor_norms_by_device(changes):
+            pending.add_some(names, indices, norms, weights)
         del changes  # before the next temporaries of the weights' size
         for layer in dict.fromkeys(layers):
             pending.add_ratio(
@@ -104,9 +105,11 @@ class OptimizerState:
         torch._foreach_clamp_min_(moments, floors)
         torch._foreach_sqrt_(moments)
         ratios = torch._foreach_div(parts, moments)
+        names = series_of_each(tuple(layers), "_adam_update_norm")
+        for indices, norms in tensor_norms_by_device(ratios):
+            pending.add_some(names, indices, norms, weights)
         size_of: dict[str, float] = {}  # over all ranks these add up to the layer's size
-        for layer, weight, ratio, norm in zip(layers, weights, ratios, tensor_norms(ratios), strict=True):
-            pending.add(series_of(layer, "_adam_update_norm"), norm, weight=weight)
+        for layer, weight, ratio in zip(layers, weights, ratios, strict=True):
             size_of[layer] = size_of.get(layer, 0.0) + weight * ratio.numel()
         for layer, size in size_of.items():
             pending.add_number(series_of(layer, "_root_size"), math.sqrt(size))

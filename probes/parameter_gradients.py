@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from probes.pending import Pending
-from probes.record import Series, series_of
+from probes.record import Series, series_of, series_of_each
 from probes.sharding import Sharding
 from stability.norms import count_nonfinite, in_order, largest_entries, tensor_norms_by_device
 
@@ -24,14 +24,14 @@ class Watched(NamedTuple):
         layers: The layer of each.
         gradients: Name of each gradient's norm. Layers that are not selected enter the whole model's only.
         selected: Indices of those in selected layers.
-        weights: Name of each of these parameters' norm.
+        selected_layers: The layers of these.
     """
 
     parameters: tuple[Tensor, ...]
     layers: tuple[str, ...]
     gradients: tuple[Series, ...]
     selected: tuple[int, ...]
-    weights: tuple[Series, ...]
+    selected_layers: tuple[str, ...]
 
 
 class WatchedParameters:
@@ -73,7 +73,7 @@ class WatchedParameters:
                 for layer in layers
             ),
             selected,
-            tuple(series_of(layers[index], "weight_norm") for index in selected),
+            tuple(layers[index] for index in selected),
         )
 
 
@@ -104,19 +104,22 @@ def measure_gradients(
     # What a sparse one does not store is zero and changes no norm. To coalesce it on CUDA waits for the
     # device, since only there is known how many entries remain; SparseAdam and Adagrad do so in their step.
     parts = [part.coalesce().values() if part.is_sparse else part for part in parts]
-    norms = tensor_norms_by_device(parts)
-    for indices, of_device in norms:
-        _add(pending, watched.gradients, indices, of_device, weights, grad_scale)
+    by_device = tensor_norms_by_device(parts)
+    for indices, norms in by_device:
+        pending.add_some(watched.gradients, indices, _unscaled(norms, grad_scale), weights)
     if not is_detailed:
         return
-    layers = [watched.layers[index] for index in watched.selected]
     parts = [parts[index] for index in watched.selected]
     weights = [weights[index] for index in watched.selected]
-    all_norms = in_order(norms)
-    largest = largest_entries(parts)
-    _add_values(pending, [series_of(layer, "grad_max_abs") for layer in layers], largest, weights, grad_scale)
+    all_norms = in_order(by_device)
     counts = count_nonfinite(parts, [all_norms[index] for index in watched.selected])
-    _add_values(pending, [series_of(layer, "nonfinite_count") for layer in layers], counts, weights)
+    for quantity, values, scale in (
+        ("grad_max_abs", largest_entries(parts), grad_scale),
+        ("nonfinite_count", counts, None),
+    ):
+        names = series_of_each(watched.selected_layers, quantity)
+        for indices, together in _stacked(values):
+            pending.add_some(names, indices, _unscaled(together, scale), weights)
 
 
 @torch.no_grad()
@@ -130,38 +133,22 @@ def measure_weights(pending: Pending, watched: Watched, sharding: Sharding) -> N
     """
     parameters = [watched.parameters[index] for index in watched.selected]
     weights = sharding.weights(parameters)
+    names = series_of_each(watched.selected_layers, "weight_norm")
     for indices, norms in tensor_norms_by_device(sharding.parts(parameters)):
-        _add(pending, watched.weights, indices, norms, weights)
+        pending.add_some(names, indices, norms, weights)
 
 
-def _add_values(
-    pending: Pending,
-    names: Sequence[Series],
-    values: Sequence[Tensor],
-    weights: Sequence[float],
-    scale: Tensor | None = None,
-) -> None:
-    """Adds one 0-d value and weight a name, together for each device and dtype, divided by a scale."""
+def _stacked(values: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+    """0-d values together for each device and dtype, and the indices of those in it."""
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, value in enumerate(values):
         alike.setdefault((value.device, value.dtype), []).append(index)
     for indices in alike.values():
-        _add(pending, names, indices, torch.stack([values[index] for index in indices]), weights, scale)
+        yield indices, torch.stack([values[index] for index in indices])
 
 
-def _add(
-    pending: Pending,
-    names: Sequence[Series],
-    indices: Sequence[int],
-    values: Tensor,
-    weights: Sequence[float],
-    scale: Tensor | None = None,
-) -> None:
-    """Adds the values [len(indices)] of some of the names, divided by a scale."""
-    if scale is not None:
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        values /= scale.to(values.device, non_blocking=True)
-    if len(indices) < len(names):
-        names = [names[index] for index in indices]
-        weights = [weights[index] for index in indices]
-    pending.add_each(names, values, weight=weights)
+def _unscaled(values: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return values
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return values / scale.to(values.device, non_blocking=True)

@@ -109,6 +109,22 @@ class Pending:
         if standard_errors is not None:
             self.measurements.append(Measurement(series, standard_errors, 1.0, True, weight))
 
+    def add_some(
+        self,
+        series: Sequence[Series],
+        indices: Sequence[int],
+        values: Tensor,
+        weights: Sequence[float],
+    ) -> None:
+        """Adds the values [len(indices)] of some of the series, each of which has its weight.
+
+        All of them, as on a model's one device, are passed on as they are: a step knows its names again.
+        """
+        if len(indices) < len(series):
+            series = [series[index] for index in indices]
+            weights = [weights[index] for index in indices]
+        self.add_each(series, values, weight=weights)
+
     def add_number(self, series: Series, value: float, *, weight: float = 1.0) -> None:
         """Adds a number that is on the host already."""
         self.numbers.append(Number(series, value, weight))

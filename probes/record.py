@@ -15,7 +15,16 @@ from stability.divergence import ALL_LAYERS, Alert
 
 _LAYER = re.compile(r"(.*?)(?:/call_(\d+))?(?:/head_(\d+))?", re.DOTALL)
 
-__all__ = ["ALL_LAYERS", "Kind", "Record", "Series", "StepRecords", "alert_marker", "series_of"]
+__all__ = [
+    "ALL_LAYERS",
+    "Kind",
+    "Record",
+    "Series",
+    "StepRecords",
+    "alert_marker",
+    "series_of",
+    "series_of_each",
+]
 
 
 class Series(NamedTuple):
@@ -75,6 +84,17 @@ def series_of(layer: str, quantity: str, call: int = 0) -> Series:
         True
     """
     return Series(layer, quantity, call=call)
+
+
+@lru_cache(maxsize=2**8)
+def series_of_each(layers: tuple[str, ...], quantity: str) -> tuple[Series, ...]:
+    """The exact series of several layers; the same tuple each time.
+
+    Example:
+        >>> [series.tag for series in series_of_each(("a", "b"), "grad_norm")]
+        ['grad_norm/a', 'grad_norm/b']
+    """
+    return tuple(series_of(layer, quantity) for layer in layers)
 
 
 def alert_marker(alert: Alert) -> tuple[Series, float]:
