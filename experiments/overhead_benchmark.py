@@ -49,7 +49,7 @@ from experiments.overhead_training import TOKEN_MODELS, Training, cell_trainings
 DEFAULT_OUT = Path("runs/overhead")
 DEFAULT_STEPS = 200  # the longest of the periods of probes.attach, a multiple of the others
 
-# Preset → makes its trainings from device, mechanism and sequences a step; and how many those are by default.
+# Makes the trainings of a preset, from device, mechanism and batch size.
 PRESETS: dict[str, Callable[[str, str, int], Callable[[], Training]]] = {
     "small": lambda device, mechanism, batch: token_trainings(device, TOKEN_MODELS["small"], batch),
     "160m": lambda device, mechanism, batch: cell_trainings(device, "160m", 8192, mechanism, batch),
@@ -59,7 +59,7 @@ PRESETS: dict[str, Callable[[str, str, int], Callable[[], Training]]] = {
     "tiny": lambda device, mechanism, batch: token_trainings(device, TOKEN_MODELS["tiny"], batch),
     "tiny-cells": lambda device, mechanism, batch: cell_trainings(device, "tiny", 32, mechanism, batch),
 }
-BATCH_SIZES = {"small": 8, "160m": 1, "160m-tokens": 1, "tiny": 8, "tiny-cells": 1}
+DEFAULT_BATCH_SIZES = {"small": 8, "160m": 1, "160m-tokens": 1, "tiny": 8, "tiny-cells": 1}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 PRESETS_WITH_MECHANISMS = ("160m", "tiny-cells")
 
@@ -155,7 +155,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "tiny ones are for tests (default small)",
     )
     add_device(parser, help_text="cuda trains under bfloat16 autocast")
-    add("--batch-size", type=positive_int, help="sequences or cells a step (default 1 at 160m, otherwise 8)")
+    add(
+        "--batch-size",
+        type=positive_int,
+        help="sequences or cells a step (default 8; 1 of cells and at 160m)",
+    )
     add("--mechanism", choices=MECHANISMS, default="softmax", help="attention of 160m (default softmax)")
     add("--contenders", nargs="+", metavar="PATTERN", help="only those, beside bare (default all)")
     add("--rounds", type=positive_int, default=20, help="turns of each configuration (default 20)")
@@ -175,7 +179,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
     options = parser.parse_args(arguments)
     if options.batch_size is None:
-        options.batch_size = BATCH_SIZES[options.preset]
+        options.batch_size = DEFAULT_BATCH_SIZES[options.preset]
     if options.mechanism != "softmax" and options.preset not in PRESETS_WITH_MECHANISMS:
         parser.error(f"--mechanism {options.mechanism} needs --preset 160m; {options.preset} is softmax.")
     if options.clock == "processor" and options.device != "cpu":

@@ -91,6 +91,11 @@ class GlobalTransfer:
             self._arrived = torch.cuda.Event()
             self._arrived.record(lane.stream)
 
+    @property
+    def has_device(self) -> bool:
+        """Whether a device writes to memory of this process."""
+        return self._arrived is not None
+
     def wait(self) -> StepRecords:
         """The step's records. Waits for them if they have not arrived; one step later they have."""
         if self._arrived is None:

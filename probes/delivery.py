@@ -273,7 +273,8 @@ class Delivery:
         return alerts
 
     def _give_up(self, transfer: Transfer | GlobalTransfer, error: Exception) -> None:
-        _lost.append(transfer)
+        if transfer.has_device:
+            _lost.append(transfer)
         self._warn_of_copy(transfer.step, error)
 
     def _warn_of_copy(self, step: int, error: Exception) -> None:

@@ -16,7 +16,7 @@ from probes.record import ALL_LAYERS, Series, StepRecords
 
 GLOBAL_GRAD_NORM = Series(ALL_LAYERS, "grad_norm")
 _OF_THE_SCALED_LOSS = ("activation_grad_norm", "_input_grad_norm", "_output_grad_norm")
-_MAX_KNOWN = 64
+_MAX_KNOWN = 16
 
 # Names, their numbers, what those are to be multiplied by, and whether they are standard errors.
 Parts = tuple[Sequence[Series], Sequence[float], float, bool]
@@ -34,15 +34,15 @@ def join(
         numbers: What was on the host already.
         ratios: What is formed of these.
     """
+    ratios = tuple(ratios)
     values: list[float] = []
     names: list[tuple[Sequence[Series], bool]] = []
-    key: list[Any] = list(ratios)
+    key: list[Any] = [ratios]
     for of_part, numbers_of_part, factor, is_standard_error in parts:
         values += numbers_of_part if factor == 1 else [number * factor for number in numbers_of_part]
         names.append((of_part, is_standard_error))
-        # Long sequences of names are the same object at every step, and dear to compare.
+        # Long sequences of names are the same object at every step, and slow to compare.
         key.append((of_part[0] if len(of_part) == 1 else id(of_part), is_standard_error))
-    num_ratios = len(key) - len(names)
     for series, number in numbers:
         values.append(number)
         names.append(((series,), False))
@@ -50,9 +50,9 @@ def join(
     known = tuple(key)
     joining = _known.get(known)
     if joining is None:
-        if len(_known) == _MAX_KNOWN:
+        if len(_known) >= _MAX_KNOWN:
             _known.clear()
-        joining = _known[known] = _Joining(names, key[:num_ratios])
+        joining = _known[known] = _Joining(names, ratios)
     return joining(step, values)
 
 
@@ -65,7 +65,7 @@ class _Joining:
     """
 
     def __init__(self, names: Sequence[tuple[Sequence[Series], bool]], ratios: Sequence[Ratio]) -> None:
-        self._names = names  # kept, for it is known by their identity
+        self._names = names  # kept alive, since the key that this is found by holds their ids
         parts: dict[Series, list[int]] = {}
         errors: dict[Series, list[int]] = {}
         labelled: dict[Series, Series] = {}
@@ -112,12 +112,12 @@ class _Joining:
         if self._loss_factor is not None and (factor := values[self._loss_factor]):
             for place in self._of_the_scaled_loss:
                 values[place] /= factor
-        absent = []
+        absent = set()
         for result, place, numerator, denominator in self._ratios:
             if values[denominator]:
                 values[place] = values[numerator] / values[denominator]
             else:  # a gradient of zero on both sides has no ratio
-                absent.append(result)
+                absent.add(result)
         if self._grad_norms is not None:
             values[self._whole] = root_sum_of_squares(self._grad_norms(values))
         standard_errors = np.full(len(self._series), math.nan)

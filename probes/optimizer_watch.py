@@ -48,7 +48,8 @@ class OptimizerWatch:
         self._pending = pending
         self._guard = guard
         self._optimizers = tuple(optimizers)
-        self._parameters = WatchedParameters(layer_of, selected)
+        self._layer_of = dict(layer_of)
+        self._parameters = WatchedParameters(self._layer_of, selected)
         self._sharding = sharding
         self._before_step_ends = before_step_ends
         self._end_step = end_step
@@ -81,7 +82,7 @@ class OptimizerWatch:
     def measure_gradients(self) -> None:
         """Measures gradients and weights of all parameters, where no optimizer says when."""
         if self._is_recorded or self._is_detailed:
-            watched = self._parameters.among(_with_gradients(self._parameters.all().parameters))
+            watched = self._parameters.among(_with_gradients(self._layer_of))
             self._measure_gradients(watched, None)
             self._guard(WEIGHTS, measure_weights, self._pending, watched, self._sharding)
 
@@ -98,7 +99,7 @@ class OptimizerWatch:
             return  # its own hook has seen the step, or it is somebody else's
         self._scaled_optimizer = None
         if self._is_measured(optimizer):
-            self._measure_gradients(self._with_gradients(optimizer), None)
+            self._measure_gradients(self._about_to_change(optimizer), None)
         self._pending.add_number(SKIPPED_STEP, 1.0)
         self._finish(optimizer)
 
@@ -119,7 +120,7 @@ class OptimizerWatch:
         if has_closure:  # which computes the gradients: there are none to see yet
             watched = self._parameters.among(_parameters(optimizer))
         else:
-            watched = self._with_gradients(optimizer)
+            watched = self._about_to_change(optimizer)
             # A GradScaler leaves unscaling to optimizers that are fused.
             self._measure_gradients(watched, getattr(optimizer, "grad_scale", None))
         self._guard(WEIGHTS, measure_weights, self._pending, watched, self._sharding)
@@ -130,8 +131,8 @@ class OptimizerWatch:
         has_closure = _has_closure(args, kwargs)
         if has_closure:
             self._check_before_end(optimizer)
-        if self._is_measured(optimizer):
-            watched = self._with_gradients(optimizer)
+        if self._is_measured(optimizer) and (has_closure or self._is_detailed):
+            watched = self._about_to_change(optimizer)
             if has_closure:  # which has just computed the gradients
                 self._measure_gradients(watched, None)
             if self._is_detailed:
@@ -149,7 +150,7 @@ class OptimizerWatch:
         if len(self._stepped) == len(self._optimizers):
             self._end_step()
 
-    def _with_gradients(self, optimizer: Optimizer) -> Watched:
+    def _about_to_change(self, optimizer: Optimizer) -> Watched:
         return self._parameters.among(_with_gradients(_parameters(optimizer)))
 
     def _measure_gradients(self, watched: Watched, grad_scale: Tensor | None) -> None:
@@ -160,9 +161,10 @@ class OptimizerWatch:
             measure_gradients,
             self._pending,
             watched,
+            gradients,
             parts,
-            self._sharding.weights(gradients),
             grad_scale,
+            sharding=self._sharding,
             is_detailed=self._is_detailed,
         )
 

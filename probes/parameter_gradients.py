@@ -37,8 +37,11 @@ class Watched(NamedTuple):
 class WatchedParameters:
     """Finds the names of parameters once, not at every step: a step has no time for hundreds of lookups.
 
+    Parameters are known again by identity, which is safe: ``layer_of`` keeps the model's alive, and of
+    others only that they are not the model's is remembered.
+
     Args:
-        layer_of: Layer of each of the model's parameters.
+        layer_of: Layer of each of the model's parameters; does not change.
         selected: Layers that are recorded.
     """
 
@@ -47,22 +50,19 @@ class WatchedParameters:
         self._selected = selected
         self._known: dict[tuple[int, ...], Watched] = {}
 
-    def all(self) -> Watched:
-        """Every parameter of the model."""
-        return self.among(list(self._layer_of))
-
     def among(self, parameters: Sequence[Tensor]) -> Watched:
         """Those that are the model's, in the order given."""
         key = tuple(map(id, parameters))  # tensors hash in Python
         known = self._known.get(key)
         if known is None:
-            if len(self._known) == _MAX_KNOWN:  # experts, of which every step trains others
+            if len(self._known) >= _MAX_KNOWN:  # experts, of which every step trains others
                 self._known.clear()
             known = self._known[key] = self._watched(parameters)
         return known
 
     def _watched(self, parameters: Sequence[Tensor]) -> Watched:
-        mine = tuple(parameter for parameter in parameters if parameter in self._layer_of)
+        # An optimizer may list a shared weight twice.
+        mine = tuple(dict.fromkeys(parameter for parameter in parameters if parameter in self._layer_of))
         layers = tuple(self._layer_of[parameter] for parameter in mine)
         selected = tuple(index for index, layer in enumerate(layers) if layer in self._selected)
         return Watched(
@@ -81,10 +81,11 @@ class WatchedParameters:
 def measure_gradients(
     pending: Pending,
     watched: Watched,
+    gradients: Sequence[Tensor],
     parts: Sequence[Tensor],
-    weights: Sequence[float],
     grad_scale: Tensor | None = None,
     *,
+    sharding: Sharding,
     is_detailed: bool,
 ) -> None:
     """Adds ``grad_norm``, and in detail ``grad_max_abs`` and ``nonfinite_count``, of every selected layer.
@@ -95,12 +96,14 @@ def measure_gradients(
     Args:
         pending: Receives the scalars.
         watched: Parameters with a gradient.
-        parts: What is here of each gradient.
-        weights: How much each counts where several ranks have the same part.
+        gradients: The gradient of each.
+        parts: What is here of it.
         grad_scale: What a ``GradScaler`` has multiplied the gradients by, where the optimizer takes it out
             itself (fused ones do); None where they are unscaled.
+        sharding: How many ranks hold the same part.
         is_detailed: Whether to measure more than norms.
     """
+    weights = sharding.weights(gradients)
     # What a sparse one does not store is zero and changes no norm. To coalesce it on CUDA waits for the
     # device, since only there is known how many entries remain; SparseAdam and Adagrad do so in their step.
     parts = [part.coalesce().values() if part.is_sparse else part for part in parts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -36,7 +37,10 @@ class Number(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """A quantity that is formed on the host from two others once each of them is joined."""
+    """A quantity that is formed on the host from two others once each of them is joined.
+
+    The two are measured, not formed; the result is formed only.
+    """
 
     result: Series
     numerator: Series
@@ -118,10 +122,10 @@ class Pending:
     ) -> None:
         """Adds the values [len(indices)] of some of the series, each of which has its weight.
 
-        All of them, as on a model's one device, are passed on as they are: a step knows its names again.
+        The names passed on are the same object at each step, by which it is known how they join.
         """
         if len(indices) < len(series):
-            series = [series[index] for index in indices]
+            series = _some(tuple(series), tuple(indices))
             weights = [weights[index] for index in indices]
         self.add_each(series, values, weight=weights)
 
@@ -132,3 +136,8 @@ class Pending:
     def add_ratio(self, result: Series, numerator: Series, denominator: Series) -> None:
         """Adds a ratio of two other series of this step."""
         self.ratios.append(Ratio(result, numerator, denominator))
+
+
+@lru_cache(maxsize=2**6)
+def _some(series: tuple[Series, ...], indices: tuple[int, ...]) -> tuple[Series, ...]:
+    return tuple(series[index] for index in indices)

@@ -79,7 +79,7 @@ def read(log_dir: str | Path) -> RecordedRun:
 
     Returns:
         Series by their tags, and the alerts. TensorBoard's markers of alerts are series too, with the tag
-        ``alert/kind/layer``, or ``alert/kind/[all]``.
+        ``alert/kind/layer``, in which brackets stand for parentheses: ``alert/kind/[all]``.
 
     Raises:
         FileNotFoundError: If there is no such directory, or nothing recorded in it.

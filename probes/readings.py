@@ -43,7 +43,7 @@ class ForwardReadings:
         """Quantity → layer → value; single heads are left out, a module's later calls have own names."""
         known = self._known.get(id(records.series))
         if known is None:
-            if len(self._known) == _MAX_KNOWN:
+            if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
             known = self._known[id(records.series)] = records.series, self._places(records.series)
         values = records.values.tolist()

@@ -35,6 +35,11 @@ class Transfer:
             order = [index for group in groups for index in group]
             self._copies.append((order, *_copy_to_host(device, tensors)))
 
+    @property
+    def has_device(self) -> bool:
+        """Whether a device writes to memory of this process."""
+        return any(arrived is not None for _, _, arrived in self._copies)
+
     def wait(self) -> StepRecords:
         """The step's records. Waits for the copy if it has not arrived; one step later it has."""
         parts = (

@@ -62,7 +62,7 @@ class TensorBoardSink:
     anew when it is twice as long, at the first alerts and at the end; Text its configuration and its alerts;
     Distributions the single heads; HParams the peak of its gradient norm. Scalars has ``quantity/layer`` for
     every record of a layer. NaN and infinity are written as such. The marker of an alert is the scalar
-    ``alert/kind/layer``: 1 for a warning, 2 for divergence; of the whole model, ``alert/kind/[all]``.
+    ``alert/kind/layer``: 1 for a warning, 2 for divergence; with ``[all]`` for (all), as all parentheses.
 
     The files stay within ``max_megabytes``: whenever they have grown to two thirds of it, every second of the
     steps in them goes, and only every 2nd, 4th, … further one is written. Alerts stay, up to a thousand and a

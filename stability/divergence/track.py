@@ -42,7 +42,7 @@ class Track:
         Args:
             step: Its step.
             value: As recorded.
-            score: How far it is out of range: 1 is the alarm.
+            score: How far it is out of range: 1 is the alarm. Below ``ONSET_SCORE`` a bound is enough.
         """
         self.recent.append((step, value))
         self.score = score

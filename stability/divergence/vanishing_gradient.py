@@ -92,7 +92,7 @@ class VanishingGradientDetector:
                 if len(track.range) >= self._min_history:
                     median = track.range.median()
                     threshold = self._ratio
-                    if median - log_norm >= ONSET_SCORE * threshold:  # nearly never
+                    if median - log_norm >= ONSET_SCORE * threshold:  # as in GradientExplosionDetector
                         threshold = max(threshold, self._num_spreads * track.range.spread())
                     score = (median - log_norm) / threshold
                     log_norm = max(log_norm, median - threshold)

@@ -30,7 +30,7 @@ def test_what_one_rank_has_alone_and_cannot_copy_is_given_up(is_recorded: bool) 
 
 def test_a_transfer_that_a_fault_has_cut_short_is_never_freed() -> None:
     class Faulted:
-        step = 3
+        step, has_device = 3, True
 
         def wait(self) -> None:
             raise RuntimeError("CUDA error: device-side assert triggered")

@@ -162,6 +162,20 @@ def test_accumulated_forward_passes_make_one_record_per_step() -> None:
     assert len(values_of(probe, "loss", "(all)")) == 1
 
 
+def test_a_weight_that_an_optimizer_lists_twice_counts_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.SGD([model[0].weight, model[1].weight], lr=0.1)
+    with probes.attach(model, optimizer) as probe:
+        model(torch.ones(2, 3)).square().sum().backward()
+        weight, gradient = model[0].weight.detach().norm(), model[0].weight.grad.norm()
+        optimizer.step()
+    records = {record.quantity: record.value for record in probe.records if record.layer == "0"}
+    assert records["grad_norm"] == pytest.approx(gradient.item())
+    assert records["weight_norm"] == pytest.approx(weight.item())
+
+
 def test_a_shared_module_has_one_record_per_call_and_one_gradient() -> None:
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.Tanh(), shared)
