@@ -3,15 +3,17 @@
 "auto" takes the first of these that can compute the call as it was asked for:
 
 1. "hopper": what "triton" takes, on compute capability 9.0, within the limits that
-   `stability.attention.hopper.can_run` names (head dimensions, strides, alignment).
+   `stability.attention.hopper.can_run` names (Triton's version, head dimensions, strides, alignment);
+   and only with a version of Triton that a Hopper GPU has run its tests with (`why_only_by_name`).
 2. "triton": CUDA tensors in float16, bfloat16 or float32 on compute capability 8.0 or newer with Triton
    installed; head and value dimensions up to 256; no `attn_mask`, no dropout; precision "fast" in half
    precision only; not inside torch.func transforms or forward-mode differentiation, which kernels lack.
 3. "reference": everything, at precision "accurate".
 
-What is asked for by name is computed by that implementation or is a ValueError with the reason. The choice
-between the two kernels is made by the operator when it runs, so that compiled graphs see the memory of the
-tensors they get; the choice between kernels and reference is made by the Python function.
+What is asked for by name is computed by that implementation or is a ValueError with the reason. By name, the
+Hopper kernels also run with versions of Triton that they are only known to compile with. The choice between
+the two kernels is made by the operator when it runs, so that compiled graphs see the memory of the tensors
+they get; the choice between kernels and reference is made by the Python function.
 """
 
 from __future__ import annotations

@@ -113,6 +113,10 @@ def choose_kernel(
         is_causal=is_causal,
         is_fast=is_fast,
     )
+    if reason is None and implementation == "auto":
+        from stability.attention import hopper
+
+        reason = hopper.why_only_by_name()
     if reason is None:
         return "hopper", {}
     if implementation == "hopper":

@@ -9,9 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from stability.attention.hopper.eligibility import can_run
+from stability.attention.hopper.eligibility import can_run, why_only_by_name
 
-__all__ = ["backward", "can_run", "forward"]
+__all__ = ["backward", "can_run", "forward", "why_only_by_name"]
 
 
 def __getattr__(name: str) -> Any:

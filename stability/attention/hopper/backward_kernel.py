@@ -28,10 +28,8 @@ visited from the last, so that the cut one comes ahead of the loop, whose regist
 blocks on the diagonal lower the logits of the keys that a query does not see to −∞.
 """
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -41,6 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from stability.attention.hopper.backward_schedule import CONSUMERS, FUSED, QUERIES, ROWS, find_tile, produce
+from stability.attention.hopper.gluon_versions import HOLDS_OPERANDS, async_atomic_add, async_store
 from stability.attention.hopper.sigmoid import (
     logit_coefficients,
     narrow,
@@ -49,15 +48,6 @@ from stability.attention.hopper.sigmoid import (
     weight_factor,
 )
 from stability.attention.hopper.tiles import clear_padding
-
-
-@builtin
-def _reduce_add(descriptor, coordinates, source, _semantic=None):
-    """Adds shared memory to global memory by TMA. Gluon 3.6 has the operation, not the function."""
-    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(
-        ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coordinates, source.handle
-    )
 
 
 @gluon.jit
@@ -81,7 +71,7 @@ def _send(grad_query, block, at, dq):
     tma.store_wait(0)
     block.store(dq)
     fence_async_shared()
-    _reduce_add(grad_query, at, block.reshape(grad_query.block_shape))
+    async_atomic_add(grad_query, at, block.reshape(grad_query.block_shape))
 
 
 @gluon.jit
@@ -99,7 +89,8 @@ def _consume(
     HEAD_DIM: gl.constexpr = points.shape[2]
     # At head_dim 64 only the fused loop: in the others ptxas 12.8 reuses the held registers (see the test of
     # overwritten operands), and every block after the first would be multiplied by slopes.
-    HELD_IN_REGISTERS: gl.constexpr = PASS == QUERIES if HEAD_DIM == 128 else PASS == FUSED
+    HOLDING: gl.constexpr = QUERIES if HEAD_DIM == 128 else FUSED
+    HELD_IN_REGISTERS: gl.constexpr = HOLDS_OPERANDS and PASS == HOLDING
     HALVES: gl.constexpr = HEAD_DIM == 128
     COLUMNS: gl.constexpr = HEAD_DIM // 2 if HALVES else HEAD_DIM  # of dQ that a consumer computes
     column: gl.constexpr = CONSUMER * COLUMNS if HALVES else 0
@@ -235,15 +226,11 @@ def _consume(
             d_values = gl.where(is_valid[:, None], d_values, 0.0)
         held_values.store(d_values.to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(
-            grad_values, [batch, head, mine, 0], held_values.reshape(grad_values.block_shape)
-        )
+        async_store(grad_values, [batch, head, mine, 0], held_values.reshape(grad_values.block_shape))
         tma.store_wait(0)
     held_values.store(d_points.to(dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(
-        grad_points, [batch, head, mine, 0], held_values.reshape(grad_points.block_shape)
-    )
+    async_store(grad_points, [batch, head, mine, 0], held_values.reshape(grad_points.block_shape))
     tma.store_wait(0)
 
 

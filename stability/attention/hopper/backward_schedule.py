@@ -2,7 +2,9 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from stability.attention.hopper.gluon_versions import async_load
 
 ROWS = gl.constexpr(64)  # of a streamed block, and that a consumer holds
 CONSUMERS = gl.constexpr(2)
@@ -58,19 +60,15 @@ def produce(
         mbarrier.expect(held_full, 2 * CONSUMERS * held_points.block_type.nbytes)
         for consumer in gl.static_range(CONSUMERS):
             at = [batch, head // held_group, start + consumer * ROWS, 0]
-            tma.async_copy_global_to_shared(
-                held_points, at, held_full, my_points.index(consumer).reshape(held_points.block_shape)
-            )
-            tma.async_copy_global_to_shared(
-                held_values, at, held_full, my_values.index(consumer).reshape(held_values.block_shape)
-            )
+            async_load(held_points, at, held_full, my_points.index(consumer).reshape(held_points.block_shape))
+            async_load(held_values, at, held_full, my_values.index(consumer).reshape(held_values.block_shape))
     for step in range(blocks):
         stage = step % STAGES
         phase = (step // STAGES) & 1
         at = [batch, head // streamed_group, (first + blocks - 1 - step) * ROWS, 0]
         mbarrier.wait(points_empty.index(stage), phase ^ 1)
         mbarrier.expect(points_full.index(stage), streamed_points.block_type.nbytes)
-        tma.async_copy_global_to_shared(
+        async_load(
             streamed_points,
             at,
             points_full.index(stage),
@@ -78,7 +76,7 @@ def produce(
         )
         mbarrier.wait(values_empty.index(stage), phase ^ 1)
         mbarrier.expect(values_full.index(stage), streamed_values.block_type.nbytes)
-        tma.async_copy_global_to_shared(
+        async_load(
             streamed_values,
             at,
             values_full.index(stage),

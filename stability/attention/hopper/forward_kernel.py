@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from stability.attention.hopper.gluon_versions import async_load, async_store
 from stability.attention.hopper.sigmoid import logit_coefficients, narrow, sigmoid, weight_factor
 from stability.attention.hopper.tile_scheduler import allocate_ring, draw, receive
 from stability.attention.hopper.tiles import clear_padding
@@ -104,7 +105,7 @@ def _produce(
             query_phase ^= 1
             mbarrier.expect(query_full, CONSUMERS * query.block_type.nbytes)
             for consumer in gl.static_range(CONSUMERS):
-                tma.async_copy_global_to_shared(
+                async_load(
                     query,
                     [batch, head, start + consumer * ROWS, 0],
                     query_full,
@@ -116,7 +117,7 @@ def _produce(
             phase = (step // STAGES) & 1
             mbarrier.wait(key_empty.index(stage), phase ^ 1)
             mbarrier.expect(key_full.index(stage), key.block_type.nbytes)
-            tma.async_copy_global_to_shared(
+            async_load(
                 key,
                 [batch, key_head, block * BLOCK_K, 0],
                 key_full.index(stage),
@@ -124,7 +125,7 @@ def _produce(
             )
             mbarrier.wait(value_empty.index(stage), phase ^ 1)
             mbarrier.expect(value_full.index(stage), value.block_type.nbytes)
-            tma.async_copy_global_to_shared(
+            async_load(
                 value,
                 [batch, key_head, block * BLOCK_K, 0],
                 value_full.index(stage),
@@ -259,9 +260,7 @@ def _consume(
         tma.store_wait(0)
         outputs.index(CONSUMER).store(acc.to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(
-            output, [batch, head, row, 0], outputs.index(CONSUMER).reshape(output.block_shape)
-        )
+        async_store(output, [batch, head, row, 0], outputs.index(CONSUMER).reshape(output.block_shape))
         index = receive(index, draws, counter, ring)
         draws += 1
     tma.store_wait(0)

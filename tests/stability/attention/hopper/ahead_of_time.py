@@ -1,8 +1,9 @@
 """Compiles the Hopper kernels for a GPU that is not there, with whatever Triton is found first.
 
-    PYTHONPATH=<folder of triton 3.6>:<repository> python -m tests.stability.attention.hopper.ahead_of_time
+    PYTHONPATH=<folder of a triton>:<repository> python -m tests.stability.attention.hopper.ahead_of_time
 
-prints one line of JSON for each kernel of each call: registers, spills in loops, shared memory, atomics.
+prints one line of JSON for each kernel of each call: registers, spills in loops, shared memory, atomics, and
+operands that a loop overwrites.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from stability.attention.hopper import sigmoid_backward, sigmoid_forward
+from stability.attention.hopper.blocks import forward_blocks
 
 # What a call may ask for beyond the plain one.
 CALLS: dict[str, dict[str, Any]] = {
@@ -111,7 +113,7 @@ def measure(cubin: bytes) -> dict[str, int]:
         "loops": len(inner),
         "loop_spills": max(spills, default=0),
         "atomics": sum("ATOMG" in line for line in code),
-        "overwritten_operands": sum(num_overwritten_operands(code[a:b]) for a, b in inner),
+        "overwritten_operands": max((num_overwritten_operands(code[a:b]) for a, b in inner), default=0),
     }
 
 
@@ -133,6 +135,12 @@ def num_overwritten_operands(loop: list[str]) -> int:
     return len(held & written)
 
 
+def num_handed_on(head_dim: int, name: str) -> int:
+    """Registers that a pass of a forward loop hands on to the next: packed weights, [64, keys] of a block."""
+    options = CALLS[name]
+    return forward_blocks(head_dim, options.get("is_causal", False), "score_bias" in options).keys // 4
+
+
 def main() -> None:
     driver.set_active(Absent())
     sigmoid_forward.multiprocessors = lambda device: 132
@@ -142,7 +150,9 @@ def main() -> None:
                 for cubin, shared in compile_call(head_dim, name, is_deterministic):
                     direction = "forward" if is_deterministic is None else "backward"
                     label = f"{direction}{', deterministic' * bool(is_deterministic)}, {name}, {head_dim}"
-                    print(json.dumps({"kernel": label, "shared": shared, **measure(cubin)}), flush=True)
+                    handed_on = num_handed_on(head_dim, name) if is_deterministic is None else 0
+                    measured = {"shared": shared, **measure(cubin), "handed_on": handed_on}
+                    print(json.dumps({"kernel": label, **measured}), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from stability.attention.hopper.eligibility import TRITON
+from stability.attention.hopper.eligibility import COMPILED_WITH, installed_triton
 
 pytestmark = pytest.mark.slow
 
@@ -28,16 +27,21 @@ TOLERATED_SPILLS = {
     "backward, causal, 128": 16, "backward, everything, 128": 120,
     "backward, deterministic, causal, 128": 2, "backward, deterministic, everything, 128": 8,
     "backward, plain, 64": 2, "backward, float16, 64": 2, "backward, lengths, 64": 2,
-    "backward, causal, 64": 2, "backward, everything, 64": 8,
+    "backward, causal, 64": 3, "backward, everything, 64": 8,
+    # With triton 3.8 and 3.9, between two tiles: ptxas lays that code out as part of a loop.
+    "forward, lengths, 64": 7, "forward, everything, 128": 3,
 }  # fmt: skip
 
 
-def test_kernels_compile_and_hot_loops_do_not_spill(tmp_path: Path) -> None:
+@pytest.mark.parametrize("triton", ["installed", "other"])
+def test_kernels_compile_and_hot_loops_do_not_spill(triton: str, tmp_path: Path) -> None:
     paths = [str(REPOSITORY)]
-    if not version("triton").startswith(f"{TRITON}."):
+    if triton == "other":
         if OTHER_TRITON is None:
-            pytest.skip(f"Gluon changes: needs triton {TRITON}, {version('triton')} is installed")
+            pytest.skip("STABILITY_OTHER_TRITON names no folder with another Triton")
         paths.insert(0, OTHER_TRITON)
+    elif installed_triton() not in COMPILED_WITH:
+        pytest.skip(f"Gluon changes: needs triton {', '.join(COMPILED_WITH)}, not {installed_triton()}")
     printed = subprocess.run(
         [sys.executable, "-m", "tests.stability.attention.hopper.ahead_of_time"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(tmp_path)},
@@ -52,8 +56,7 @@ def test_kernels_compile_and_hot_loops_do_not_spill(tmp_path: Path) -> None:
         assert kernel["loops"] >= 2, kernel
         assert kernel["shared"] <= SHARED_MEMORY, kernel
         assert kernel["registers"] <= 240, kernel
-        if "backward" in kernel["kernel"]:  # the forward loops hand operands on from block to block
-            assert kernel["overwritten_operands"] == 0, kernel
+        assert kernel["overwritten_operands"] <= kernel["handed_on"], kernel
         # Tiles of unequal cost are drawn from a counter; a dense call walks over them without one.
         is_drawing = re.fullmatch("forward, (causal|lengths|everything), .*", kernel["kernel"]) is not None
         assert kernel["atomics"] == is_drawing, kernel

@@ -9,6 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stability.attention.hopper import eligibility
+from stability.attention.operands import Operands
+from stability.attention.operator import choose_kernel
 
 
 def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -43,7 +45,7 @@ def test_layouts_that_tma_does_not_read(tensor: torch.Tensor, reason: str) -> No
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine that has all that is needed, as far as the rule can see."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(eligibility, "version", lambda name: "3.6.0")
+    monkeypatch.setattr(eligibility, "installed_triton", lambda: "3.6")
     monkeypatch.setattr(eligibility, "layout_problem", lambda name, tensor: None)
     return monkeypatch
 
@@ -75,7 +77,43 @@ def test_what_it_refuses(hopper: Any) -> None:
 def test_other_machines(hopper: Any) -> None:
     cpu = make(1, 2, 10, 64)
     assert eligibility.can_run(cpu, cpu, cpu) == "the tensors are on cpu, not on a CUDA device"
-    hopper.setattr(eligibility, "version", lambda name: "3.7.1")
-    assert ask() == "its Gluon kernels are written for triton 3.6, and 3.7.1 is installed"
+    hopper.setattr(eligibility, "installed_triton", lambda: "3.5")
+    assert ask() == "its Gluon kernels are written for triton 3.6, 3.7, 3.8, 3.9, not 3.5"
     hopper.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert ask() == "the device's compute capability is 8.0, not 9.0"
+
+
+def test_the_minor_version_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eligibility, "version", {"triton": "3.10.1+git0a"}.__getitem__)
+    assert eligibility.installed_triton.__wrapped__() == "3.10"
+
+
+def choose(implementation: str) -> tuple[str, dict[str, str]]:
+    with FakeTensorMode():
+        query = torch.empty(1, 4, 10, 64, dtype=torch.bfloat16, device="cuda")
+        operands = Operands(query, query, query, torch.empty(1, 4, device="cuda"), *[None] * 5)
+        return choose_kernel(
+            operands, implementation, scale=1.0, is_causal=False, is_fast=False, needs_statistics=False
+        )
+
+
+@pytest.mark.parametrize("triton", eligibility.RUN_WITH)
+def test_auto_takes_the_versions_that_a_gpu_has_run(hopper: Any, triton: str) -> None:
+    hopper.setattr(eligibility, "installed_triton", lambda: triton)
+    assert choose("auto") == ("hopper", {})
+
+
+@pytest.mark.parametrize("triton", sorted({*eligibility.COMPILED_WITH} - {*eligibility.RUN_WITH}))
+def test_versions_that_only_compile_are_for_those_who_ask_by_name(hopper: Any, triton: str) -> None:
+    hopper.setattr(eligibility, "installed_triton", lambda: triton)
+    chosen, refusals = choose("auto")
+    assert chosen == "triton"
+    assert refusals["hopper"].startswith(f"its kernels compile with triton {triton}, but no GPU has run them")
+    assert choose("hopper") == ("hopper", {})
+
+
+def test_no_name_helps_where_the_kernels_do_not_compile(hopper: Any) -> None:
+    hopper.setattr(eligibility, "installed_triton", lambda: "3.5")
+    assert choose("auto")[0] == "triton"
+    with pytest.raises(ValueError, match="'hopper': its Gluon kernels are written for .*, not 3.5"):
+        choose("hopper")

@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas made of a kernel.
+    """What Triton and its ptxas made of a kernel.
 
     Attributes:
         ptx: The intermediate code.
@@ -66,35 +66,28 @@ def compile_ahead(
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps, "num_stages": num_stages},
     )
-    ptx = compiled.asm["ptx"]
-    registers, spilled, machine_code = _assemble(ptx, capability)
+    registers, spilled, machine_code = _disassemble(compiled.asm["cubin"])
     loop_spills, num_products = _read_loops(machine_code)
-    return Compiled(ptx, registers, spilled, loop_spills, num_products, compiled.metadata.shared)
+    return Compiled(
+        compiled.asm["ptx"], registers, spilled, loop_spills, num_products, compiled.metadata.shared
+    )
 
 
-def _assemble(ptx: str, capability: int) -> tuple[int, int, str]:
-    """Registers, spilled bytes and disassembly, by the tools that Triton ships."""
+def _disassemble(binary: bytes) -> tuple[int, int, str]:
+    """Registers, bytes of local memory, and machine code, by the tools that Triton ships."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    target = f"sm_{capability}a" if capability == 90 else f"sm_{capability}"
     with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
-        report = subprocess.run(
-            [tools / "ptxas", "-v", f"--gpu-name={target}", source, "-o", binary],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stderr
-        disassembly = subprocess.run(
-            [tools / "nvdisasm", "-c", binary], check=True, capture_output=True, text=True
-        ).stdout
-    registers = re.search(r"Used (\d+) registers", report)
-    spilled = re.search(r"(\d+) bytes spill stores", report)
-    assert registers, report
-    assert spilled, report
-    return int(registers[1]), int(spilled[1]), disassembly
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(binary)
+        usage, machine_code = (
+            subprocess.run([tools / tool, option, path], check=True, capture_output=True, text=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert numbers, usage
+    return int(numbers[1]), int(numbers[2]), machine_code
 
 
 def _read_loops(disassembly: str) -> tuple[int, int]:
