@@ -130,7 +130,7 @@ class OptimizerWatch:
         has_closure = _has_closure(args, kwargs)
         if has_closure:
             self._check_before_end(optimizer)
-        if self._is_measured(optimizer):
+        if self._is_measured(optimizer) and (has_closure or self._is_detailed):
             watched = self._with_gradients(optimizer)
             if has_closure:  # which has just computed the gradients
                 self._measure_gradients(watched, None)
@@ -153,15 +153,15 @@ class OptimizerWatch:
         return self._parameters.among(_with_gradients(_parameters(optimizer)))
 
     def _measure_gradients(self, watched: Watched, grad_scale: Tensor | None) -> None:
-        gradients = _gradients(watched)
-        parts = self._sharding.parts(gradients)  # ranks may communicate here: no failure keeps one from it
+        # Ranks may communicate here: no failure keeps one from it.
+        parts, weights = self._sharding.parts_and_weights(_gradients(watched))
         self._guard(
             GRADIENTS,
             measure_gradients,
             self._pending,
             watched,
             parts,
-            self._sharding.weights(gradients),
+            weights,
             grad_scale,
             is_detailed=self._is_detailed,
         )

@@ -128,9 +128,8 @@ def measure_weights(pending: Pending, watched: Watched, sharding: Sharding) -> N
         watched: The parameters.
         sharding: Which part of a weight is here.
     """
-    parameters = [watched.parameters[index] for index in watched.selected]
-    weights = sharding.weights(parameters)
-    for indices, norms in tensor_norms_by_device(sharding.parts(parameters)):
+    parts, weights = sharding.parts_and_weights([watched.parameters[index] for index in watched.selected])
+    for indices, norms in tensor_norms_by_device(parts):
         _add(pending, watched.weights, indices, norms, weights)
 
 
