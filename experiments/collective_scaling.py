@@ -104,11 +104,11 @@ def milliseconds_to_join(num_slots: int, num_ranks: int) -> float:
     reduction = RankReduction(names, [False] * num_slots, torch.device("cpu"))
     width = min(num_slots, slots_at_once(num_ranks))
     gathered = torch.rand(num_ranks, 2, width, dtype=torch.float64)
-    reduction(gathered[:1, 0], gathered[:1, 1])  # allocators and threads are ready
+    reduction.over_ranks(gathered)  # allocators and threads are ready
     started = time.perf_counter()
     for first in range(0, num_slots, width):
         size = min(width, num_slots - first)
-        reduction(gathered[:, 0, :size], gathered[:, 1, :size], first)
+        reduction.over_ranks(gathered[:, :, :size], first)
     return 1e3 * (time.perf_counter() - started)
 
 

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from probes.joining import GLOBAL_GRAD_NORM, Parts, join
-from probes.layout import Layout, Packing
+from probes.joining import GLOBAL_GRAD_NORM, join
+from probes.layout import Layout
+from probes.packing import Packing
 from probes.pending import Pending
 from probes.record import Series, StepRecords
 from probes.transfer import Transfer
@@ -102,40 +103,25 @@ class GlobalTransfer:
             self._host = self._join(self._gathered)
         else:
             self._arrived.synchronize()
-        values, weights, first_broken = self._host.tolist()
-        if values.pop() != 0:  # the flag: some rank has measured more
+        joined = self._layout.reduction.finish(self._host.numpy())
+        if joined.values[-1] != 0:  # the flag: some rank has measured more
             # Ranks read this at different times, though all of them before the next transfer but one.
             self._layout.expires = min(self._layout.expires, self._number + 2)
         slots = self._layout.slots[:-1]
         self.first_broken = {
-            slot.series: int(rank) for slot, rank in zip(slots, first_broken, strict=False) if rank >= 0
+            slots[index].series: rank for index, rank in joined.first_broken.items() if index < len(slots)
         }
-        records = join(self.step, self._parts(values, weights), (), self._layout.ratios)
+        records = join(self.step, self._layout.parts(joined), (), self._layout.ratios)
         # Where gradients of other layers were left out, what has been joined is not the whole model's.
-        return records if weights[-1] else records.without([GLOBAL_GRAD_NORM])
-
-    def _parts(self, values: list[float], weights: list[float]) -> Iterator[Parts]:
-        weight_of: dict[Series, float] = {}  # of the value; its standard error comes later
-        for (series, is_standard_error), value, weight in zip(
-            self._layout.slots, values, weights, strict=False
-        ):
-            if weight == 0:
-                continue
-            name = series if weight > 0 else self._layout.inexact(series)
-            if is_standard_error:  # of those ranks whose value has one; that of the others is exact
-                value *= abs(weight / weight_of.get(series, weight))
-            else:
-                weight_of[series] = weight
-            yield (name,), (value,), 1.0, is_standard_error
+        return records if joined.is_there[-1] else records.without([GLOBAL_GRAD_NORM])
 
     def _join(self, pieces: Iterable[tuple[Tensor, dist.Work]]) -> Tensor:
         joined, first_slot = [], 0
         for gathered, work in pieces:
             work.wait()  # on CUDA the stream does; the host goes on
-            values, weights = gathered.unbind(dim=1)
-            joined.append(self._layout.reduction(values, weights, first_slot))
-            first_slot += values.shape[1]
-        return torch.cat(joined, dim=1)
+            joined.append(self._layout.reduction.over_ranks(gathered, first_slot))
+            first_slot += gathered.shape[2]
+        return torch.cat(joined, dim=1) if len(joined) > 1 else joined[0]
 
 
 class LocalTransfer(Transfer):

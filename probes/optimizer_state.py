@@ -45,7 +45,7 @@ class OptimizerState:
             if has_closure or parameter.grad is not None
         ]
         # Fused operations here and below: a launch per parameter would cost more than the arithmetic.
-        copies = torch._foreach_mul(self._values_of(watched), 1) if watched else ()
+        copies = torch._foreach_mul(self._sharding.parts(watched), 1) if watched else ()
         self._weights_before = list(zip(watched, copies, strict=True))
 
     @torch.no_grad()
@@ -60,10 +60,10 @@ class OptimizerState:
         stepped = [parameter for parameter, _ in self._weights_before]
         layers = tuple(self._layer_of[parameter] for parameter in stepped)
         changes = [before for _, before in self._weights_before]
+        values, weights = self._sharding.parts_and_weights(stepped)
         if changes:
-            torch._foreach_sub_(changes, self._values_of(stepped))
+            torch._foreach_sub_(changes, values)
         self._weights_before = []
-        weights = self._sharding.weights(stepped)
         names = series_of_each(layers, "_update_norm")
         for indices, norms in tensor_norms_by_device(changes):
             pending.add_some(names, indices, norms, weights)
@@ -85,7 +85,7 @@ class OptimizerState:
             if not _has_second_moment(state, group) or parameter.grad is None or parameter.grad.is_sparse:
                 continue
             layers.append(self._layer_of[parameter])
-            weights.append(self._sharding.weight(parameter))
+            weights += self._sharding.parts_and_weights([parameter])[1]
             parts.append(gradients[parameter])
             name = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
             moment = self._sharding.part(state[name])
@@ -118,9 +118,6 @@ class OptimizerState:
                 series_of(layer, "_adam_update_norm"),
                 series_of(layer, "_root_size"),
             )
-
-    def _values_of(self, parameters: list[Tensor]) -> list[Tensor]:
-        return self._sharding.parts([parameter.detach() for parameter in parameters])
 
     def _watched(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, dict]]:
         for group in optimizer.param_groups:

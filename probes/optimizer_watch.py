@@ -154,17 +154,16 @@ class OptimizerWatch:
         return self._parameters.among(_with_gradients(_parameters(optimizer)))
 
     def _measure_gradients(self, watched: Watched, grad_scale: Tensor | None) -> None:
-        gradients = _gradients(watched)
-        parts = self._sharding.parts(gradients)  # ranks may communicate here: no failure keeps one from it
+        # Ranks may communicate here: no failure keeps one from it.
+        parts, weights = self._sharding.parts_and_weights(_gradients(watched))
         self._guard(
             GRADIENTS,
             measure_gradients,
             self._pending,
             watched,
-            gradients,
             parts,
+            weights,
             grad_scale,
-            sharding=self._sharding,
             is_detailed=self._is_detailed,
         )
 

@@ -81,11 +81,10 @@ class WatchedParameters:
 def measure_gradients(
     pending: Pending,
     watched: Watched,
-    gradients: Sequence[Tensor],
     parts: Sequence[Tensor],
+    weights: Sequence[float],
     grad_scale: Tensor | None = None,
     *,
-    sharding: Sharding,
     is_detailed: bool,
 ) -> None:
     """Adds ``grad_norm``, and in detail ``grad_max_abs`` and ``nonfinite_count``, of every selected layer.
@@ -96,14 +95,12 @@ def measure_gradients(
     Args:
         pending: Receives the scalars.
         watched: Parameters with a gradient.
-        gradients: The gradient of each.
-        parts: What is here of it.
+        parts: What is here of each gradient.
+        weights: How much each counts where several ranks have the same part.
         grad_scale: What a ``GradScaler`` has multiplied the gradients by, where the optimizer takes it out
             itself (fused ones do); None where they are unscaled.
-        sharding: How many ranks hold the same part.
         is_detailed: Whether to measure more than norms.
     """
-    weights = sharding.weights(gradients)
     # What a sparse one does not store is zero and changes no norm. To coalesce it on CUDA waits for the
     # device, since only there is known how many entries remain; SparseAdam and Adagrad do so in their step.
     parts = [part.coalesce().values() if part.is_sparse else part for part in parts]
@@ -134,10 +131,9 @@ def measure_weights(pending: Pending, watched: Watched, sharding: Sharding) -> N
         watched: The parameters.
         sharding: Which part of a weight is here.
     """
-    parameters = [watched.parameters[index] for index in watched.selected]
-    weights = sharding.weights(parameters)
+    parts, weights = sharding.parts_and_weights([watched.parameters[index] for index in watched.selected])
     names = series_of_each(watched.selected_layers, "weight_norm")
-    for indices, norms in tensor_norms_by_device(sharding.parts(parameters)):
+    for indices, norms in tensor_norms_by_device(parts):
         pending.add_some(names, indices, norms, weights)
 
 

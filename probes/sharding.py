@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,32 +59,39 @@ class Sharding:
         self.copy_weight = 1 / num_ranks
         self.gradient_weight = 1 / (self._num_groups**2 * self._num_tensor_ranks)
 
-    def part(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a parameter, a gradient or a state; of an ordinary tensor, itself.
+    @torch.no_grad()
+    def parts_and_weights(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
+        """This rank's part of parameters, gradients or states, and one over the number of ranks that hold it.
 
         Partial sums (gradients of a normalisation under sequence parallelism are some) are added up first,
         which is a collective: every rank has to ask.
+
+        Returns:
+            Parts, of ordinary tensors these themselves; and weights.
         """
-        if self._dtensor is None or not isinstance(tensor, self._dtensor):
-            return tensor
-        return _without_partial_sums(tensor).to_local()
+        dtensor = self._dtensor
+        if dtensor is None or not any(isinstance(tensor, dtensor) for tensor in tensors):
+            return list(tensors), [self.copy_weight] * len(tensors)
+        parts, weights = [], []
+        for tensor in tensors:  # hundreds at every step: no call more than it takes
+            if isinstance(tensor, dtensor):
+                spread = _spread(tensor.device_mesh, tensor.placements)
+                parts.append((_without_partial_sums(tensor) if spread.is_partial else tensor).to_local())
+                weights.append(spread.num_parts / self._num_ranks)
+            else:
+                parts.append(tensor)
+                weights.append(self.copy_weight)
+        return parts, weights
 
-    def parts(self, tensors: list[Tensor]) -> list[Tensor]:
-        """:meth:`part` of each."""
-        return tensors if self._dtensor is None else [self.part(tensor) for tensor in tensors]
+    def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The parts alone."""
+        return self.parts_and_weights(tensors)[0]
 
-    def weight(self, tensor: Tensor) -> float:
-        """One over the number of ranks that hold the same part of a parameter, a gradient or a state."""
-        if self._dtensor is None or not isinstance(tensor, self._dtensor):
-            return self.copy_weight
-        return _num_parts(tensor.device_mesh, tensor.placements) / self._num_ranks
+    def part(self, tensor: Tensor) -> Tensor:
+        """The part of one."""
+        return self.parts([tensor])[0]
 
-    def weights(self, tensors: Sequence[Tensor]) -> list[float]:
-        """:meth:`weight` of each."""
-        if self._dtensor is None:
-            return [self.copy_weight] * len(tensors)
-        return [self.weight(tensor) for tensor in tensors]
-
+    @torch.no_grad()
     def activation(self, tensor: Tensor) -> tuple[Tensor, float]:
         """This rank's part of an activation or a gradient there, and the weight of that gradient.
 
@@ -92,8 +99,9 @@ class Sharding:
         """
         if self._dtensor is None or not isinstance(tensor, self._dtensor):
             return tensor, self.gradient_weight
-        summed = _without_partial_sums(tensor)
-        return summed.to_local(), self.gradient_weight * _num_parts(summed.device_mesh, summed.placements)
+        spread = _spread(tensor.device_mesh, tensor.placements)
+        part = (_without_partial_sums(tensor) if spread.is_partial else tensor).to_local()
+        return part, self.gradient_weight * spread.num_parts
 
     def first_sample(self, batch_size: int) -> int:
         """Index in the global batch of this rank's first sample, if all ranks have equally many."""
@@ -155,10 +163,20 @@ def _dtensor_class() -> Any:
     return DTensor
 
 
+class _Spread(NamedTuple):
+    """How many different parts the ranks of a mesh hold, and whether those are partial sums."""
+
+    num_parts: int
+    is_partial: bool
+
+
 @lru_cache(maxsize=2**10)
-def _num_parts(mesh: Any, placements: tuple[Any, ...]) -> int:
-    """How many different parts the ranks of a mesh hold."""
-    return math.prod(size for size, p in zip(mesh.shape, placements, strict=True) if _is_shard(p))
+def _spread(mesh: Any, placements: tuple[Any, ...]) -> _Spread:
+    sizes = zip(mesh.shape, placements, strict=True)
+    return _Spread(
+        math.prod(size for size, placement in sizes if _is_shard(placement)),
+        any(placement.is_partial() for placement in placements),
+    )
 
 
 def _is_shard(placement: Any) -> bool:
@@ -166,12 +184,9 @@ def _is_shard(placement: Any) -> bool:
     return not placement.is_replicate() and not placement.is_partial()
 
 
-@torch.no_grad()
 def _without_partial_sums(tensor: DTensor) -> DTensor:
     from torch.distributed.tensor import Replicate
 
-    if not any(placement.is_partial() for placement in tensor.placements):
-        return tensor
     return tensor.redistribute(
         placements=[Replicate() if placement.is_partial() else placement for placement in tensor.placements]
     )

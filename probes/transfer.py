@@ -65,10 +65,11 @@ class Transfer:
         return numbers
 
 
+@torch.no_grad()
 def _copy_to_host(device: torch.device, groups: list[list[Tensor]]) -> tuple[Tensor, torch.cuda.Event | None]:
     """The step's one copy from a device to the host, and the event that marks its arrival."""
     wide = torch.float32 if device.type == "mps" else torch.float64
-    packed = torch.cat([torch.cat([t.detach().view(-1) for t in group]).to(wide) for group in groups])
+    packed = torch.cat([torch.hstack(group).to(wide) for group in groups])
     if device.type != "cuda":
         return packed.to("cpu"), None
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)

@@ -73,27 +73,30 @@ def select_rows(
         if lengths is None:
             return SelectedRows(everything, torch.ones_like(everything[:1]).expand(batch, tokens), "all")
         return SelectedRows(everything, _is_valid(everything, tokens, lengths).long(), "all")
-    return _sampled_rows(_draw(rows, batch, seed, first_sample), tokens, lengths, device)
+    # Drawn on the CPU, where the generator's state is: the copy to the device waits for nothing. Without
+    # lengths from the device all else is found there as well, once for all layers of a step.
+    if lengths is None:
+        sample = _sample(rows, batch, tokens, seed, first_sample)
+        positions, sizes = sample.to(device, non_blocking=True, copy=True)
+        return SelectedRows(positions, sizes, "sampled")
+    draw = _draw(rows, batch, seed, first_sample).to(device, non_blocking=True)
+    edges = torch.arange(rows + 1, device=device) * lengths[:, None] // rows
+    positions, sizes = _one_of_each(edges, draw)
+    return SelectedRows(positions.clamp_(max=tokens - 1), sizes, "sampled")
+
+
+@lru_cache(maxsize=4)
+def _sample(num_rows: int, batch: int, tokens: int, seed: int, first_sample: int) -> Tensor:
+    """Rows and sizes of the strata of sequences without padding, on the CPU: [2, batch, num_rows]."""
+    edges = (torch.arange(num_rows + 1) * tokens // num_rows).expand(batch, -1)
+    return _one_of_each(edges, _draw(num_rows, batch, seed, first_sample))
 
 
 @lru_cache(maxsize=1)
 def _draw(num_rows: int, batch: int, seed: int, first_sample: int) -> Tensor:
-    """A random number for each row of each sequence, [batch, num_rows]; a step's layers ask for the same."""
+    """A random number for each row of each sequence, [batch, num_rows]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(_RANDOM_RANGE, (first_sample + batch, num_rows), generator=generator)[first_sample:]
-
-
-def _sampled_rows(draw: Tensor, tokens: int, lengths: Tensor | None, device: torch.device) -> SelectedRows:
-    # Drawn on the CPU, where the generator's state is: the copy to the device waits for nothing. Without
-    # lengths from the device all else is found there as well, in microseconds instead of launches.
-    batch, num_rows = draw.shape
-    if lengths is None:
-        edges = (torch.arange(num_rows + 1) * tokens // num_rows).expand(batch, -1)
-        rows, sizes = _one_of_each(edges, draw).to(device, non_blocking=True)
-        return SelectedRows(rows, sizes, "sampled")
-    edges = torch.arange(num_rows + 1, device=device) * lengths[:, None] // num_rows
-    rows, sizes = _one_of_each(edges, draw.to(device, non_blocking=True))
-    return SelectedRows(rows.clamp_(max=tokens - 1), sizes, "sampled")
 
 
 def _one_of_each(edges: Tensor, draw: Tensor) -> Tensor:
