@@ -194,15 +194,29 @@ def measure_case(
     return measurements, ceilings, failed
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags; argparse exits with status 2 on a bad one."""
-    parser = experiment_parser("attention_benchmark", __doc__)
+def parse_turns(
+    program: str,
+    description: str | None,
+    presets: Mapping[str, Sequence[Case]],
+    out: Path,
+    arguments: Sequence[str] | None,
+) -> argparse.Namespace:
+    """Flags of a benchmark in which calls take turns; argparse exits with status 2 on a bad one.
+
+    Args:
+        program: Its module's name.
+        description: What --help says.
+        presets: Name → cases; "full" is the default.
+        out: Where it writes by default.
+        arguments: The command line, or None for that of the process.
+    """
+    parser = experiment_parser(program, description)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="full", help="which cases (default full)")
+    add("--preset", choices=presets, default="full", help="which cases (default full)")
     add_device(parser, "cuda", "cpu is for tests (default cuda)")
-    add("--rounds", type=positive_int, default=15, help="turns of each contender (default 15)")
+    add("--rounds", type=positive_int, default=15, help="turns of each call (default 15)")
     add("--turn-ms", type=positive_float, default=20.0, help="length of a turn in ms (default 20)")
-    add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
+    add("--out", type=Path, default=out, help=f"where to write (default {out})")
     options = parser.parse_args(arguments)
     check_device(parser, options.device)
     return options
@@ -210,7 +224,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and report. Exit status: 0, 130 after Ctrl-C, 2 if nothing can be written to --out."""
-    options = parse_arguments(arguments)
+    options = parse_turns("attention_benchmark", __doc__, PRESETS, DEFAULT_OUT, arguments)
     console = report_console()
     json_path, figure_path = options.out / "attention.json", options.out / "attention.png"
     started = time.time()

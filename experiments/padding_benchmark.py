@@ -12,7 +12,6 @@ Writes `padding.json` below --out.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,19 +21,9 @@ from pathlib import Path
 
 import torch
 
-from experiments.attention_benchmark import WIDTH, measure
+from experiments.attention_benchmark import WIDTH, measure, parse_turns
 from experiments.attention_contenders import PASSES, Case, Contender, Inputs, passes
-from experiments.command_line import (
-    add_device,
-    check_device,
-    experiment_parser,
-    fail,
-    positive_float,
-    positive_int,
-    report_console,
-    run_facts,
-    write_json,
-)
+from experiments.command_line import fail, report_console, run_facts, write_json
 from stability import sigmoid_attention
 
 DEFAULT_OUT = Path("runs/padding")
@@ -122,25 +111,11 @@ def measure_case(case: Case, device: str, dtype: torch.dtype, *, rounds: int, tu
     ]
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags; argparse exits with status 2 on a bad one."""
-    parser = experiment_parser("padding_benchmark", __doc__)
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, default="full", help="which cases (default full)")
-    add_device(parser, "cuda", "cpu is for tests (default cuda)")
-    add("--rounds", type=positive_int, default=15, help="turns of each call (default 15)")
-    add("--turn-ms", type=positive_float, default=20.0, help="length of a turn in ms (default 20)")
-    add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
-    options = parser.parse_args(arguments)
-    check_device(parser, options.device)
-    return options
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and report. Exit status: 0, or 2 if nothing can be written to --out."""
     from rich.table import Table
 
-    options = parse_arguments(arguments)
+    options = parse_turns("padding_benchmark", __doc__, PRESETS, DEFAULT_OUT, arguments)
     console = report_console()
     started = time.time()
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32

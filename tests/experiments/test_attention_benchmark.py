@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments import attention_benchmark
-from experiments.attention_benchmark import PRESETS, main, measure, parse_arguments
+from experiments.attention_benchmark import PRESETS, main, measure
 from experiments.attention_contenders import PASSES, Case, Contender, Inputs, contenders, relative_error
 
 TINY = ["--device", "cpu", "--preset", "tiny", "--rounds", "2", "--turn-ms", "0.5"]
@@ -73,5 +73,5 @@ def test_an_interrupted_run_says_so(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device_is_an_error(capsys):
     with pytest.raises(SystemExit):
-        parse_arguments([])
+        main([])
     assert "torch.cuda.is_available() is False" in capsys.readouterr().err
