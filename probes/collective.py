@@ -76,21 +76,20 @@ class GlobalTransfer:
         self._number = number
         self._layout = layout
         self._pending = pending  # kept, because another stream reads it
-        packing = layout.packing
-        if packing is None or not packing.fits(pending):
-            packing = layout.packing = Packing(pending, layout, lane.device)
-        self.left_out = packing.left_out(pending)
         self._arrived: torch.cuda.Event | None = None
         if lane.stream is None:
-            self._gathered = list(lane.all_gather(packing.pack(pending)))
-            return
-        lane.stream.wait_stream(torch.cuda.current_stream(lane.device))
-        with torch.cuda.stream(lane.stream):
-            joined = self._join(lane.all_gather(packing.pack(pending)))
-            self._host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
-            self._host.copy_(joined, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(lane.stream)
+            self._packing = _packing(pending, layout, lane)
+            self._gathered = list(lane.all_gather(self._packing.pack(pending)))
+        else:
+            lane.stream.wait_stream(torch.cuda.current_stream(lane.device))
+            with torch.cuda.stream(lane.stream):
+                self._packing = _packing(pending, layout, lane)  # kept, like what it packs
+                joined = self._join(lane.all_gather(self._packing.pack(pending)))
+                self._host = torch.empty(joined.shape, dtype=joined.dtype, device="cpu", pin_memory=True)
+                self._host.copy_(joined, non_blocking=True)
+                self._arrived = torch.cuda.Event()
+                self._arrived.record(lane.stream)
+        self.left_out = self._packing.left_out(pending)
 
     @property
     def has_device(self) -> bool:
@@ -122,6 +121,12 @@ class GlobalTransfer:
             joined.append(self._layout.reduction.over_ranks(gathered, first_slot))
             first_slot += gathered.shape[2]
         return torch.cat(joined, dim=1) if len(joined) > 1 else joined[0]
+
+
+def _packing(pending: Pending, layout: Layout, lane: Lane) -> Packing:
+    if layout.packing is None or not layout.packing.fits(pending):
+        layout.packing = Packing(pending, layout, lane.device)
+    return layout.packing
 
 
 class LocalTransfer(Transfer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,10 +67,13 @@ class Packing:
             if column is not None:
                 parts[column].append((position, 1 + position, 1))
             position += 1
-        num_parts = max(map(len, parts))
-        table = torch.tensor([[*of_slot, *[(0, 0, 1)] * (num_parts - len(of_slot))] for of_slot in parts])
-        values_at, weights_at, signs = table.permute(2, 1, 0).contiguous().to(device)  # each [parts, slots]
-        self._values_at, self._weights_at, self._signs = values_at, weights_at, signs.double()
+        shape = max(map(len, parts)), len(parts)
+        values_at, weights_at, signs = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.ones(shape)
+        for slot, of_slot in enumerate(parts):
+            for part, found in enumerate(of_slot):
+                values_at[part, slot], weights_at[part, slot], signs[part, slot] = found
+        self._values_at, self._weights_at = self._sent(values_at), self._sent(weights_at)
+        self._signs = self._sent(signs)
 
         lost = [i for i, slot in enumerate(layout.slots) if is_lost(slot.series, pending.given_up)]
         if any(
@@ -77,7 +81,7 @@ class Packing:
             for entry, column in zip(entries, columns, strict=True)
         ):
             lost.append(column_of[FLAG])
-        self._lost = torch.tensor(lost, dtype=torch.int64).to(device) if lost else None
+        self._lost = self._sent(np.array(lost)) if lost else None
         # What the host knows is sent to the device only when it changes.
         self._constants: list[object] | None = None
         self._counting: Counting | None = None
@@ -93,7 +97,7 @@ class Packing:
         counting = self._count(pending)
         numbers = [*(number.value for number in pending.numbers), float(self._has_more)]
         if numbers != self._numbers:
-            self._numbers, self._numbers_on_device = numbers, self._sent(numbers)
+            self._numbers, self._numbers_on_device = numbers, self._sent(np.array(numbers, np.float64))
         values = self._together([m.tensor for m in pending.measurements], self._groups)
         flat = torch.cat([*values, self._numbers_on_device])
         own = self._reduction.own(flat.take(self._values_at), counting)
@@ -131,7 +135,8 @@ class Packing:
             factors = [measured[index].factor for index in self._order for _ in self._columns[index]]
             weights = [weight for index in self._order for weight in _host_weights(measured[index])]
             of_numbers = [number.weight for number in pending.numbers]
-            sent = self._sent([*factors, *[1.0] * (len(of_numbers) + 1), 0.0, *weights, *of_numbers, 1.0])
+            ones = [1.0] * (len(of_numbers) + 1)
+            sent = self._sent(np.array([*factors, *ones, 0.0, *weights, *of_numbers, 1.0], np.float64))
             self._factors = sent[: -self._num_weights].take(self._values_at)
             self._weights_on_device = sent[-self._num_weights :]
         if self._counting is None or self._weight_groups:
@@ -153,9 +158,9 @@ class Packing:
             flat.append(together.to(self._device, torch.float64, non_blocking=not is_waited_for))
         return flat
 
-    def _sent(self, numbers: list[float]) -> Tensor:
+    def _sent(self, numbers: np.ndarray) -> Tensor:
         """Numbers of the host on the device, without waiting for it."""
-        tensor = torch.tensor(numbers, dtype=torch.float64)
+        tensor = torch.from_numpy(numbers)
         if self._device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=True)
@@ -186,7 +191,9 @@ def _key(pending: Pending) -> list[object]:
             m.is_standard_error,
             m.tensor.dtype,
             m.tensor.device,
-            first_with.setdefault(id(m.weight), index) if isinstance(m.weight, Tensor) else None,
+            (first_with.setdefault(id(m.weight), index), m.weight.dtype, m.weight.device)
+            if isinstance(m.weight, Tensor)
+            else None,
         )
         for index, m in enumerate(pending.measurements)
     ]

@@ -72,7 +72,7 @@ def _copy_to_host(device: torch.device, groups: list[list[Tensor]]) -> tuple[Ten
     packed = torch.cat([torch.hstack(group).to(wide) for group in groups])
     if device.type != "cuda":
         return packed.to("cpu"), None
-    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    host = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
     host.copy_(packed, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(device))

@@ -88,7 +88,7 @@ def select_rows(
 @lru_cache(maxsize=4)
 def _sample(num_rows: int, batch: int, tokens: int, seed: int, first_sample: int) -> Tensor:
     """Rows and sizes of the strata of sequences without padding, on the CPU: [2, batch, num_rows]."""
-    edges = (torch.arange(num_rows + 1) * tokens // num_rows).expand(batch, -1)
+    edges = (torch.arange(num_rows + 1, device="cpu") * tokens // num_rows).expand(batch, -1)
     return _one_of_each(edges, _draw(num_rows, batch, seed, first_sample))
 
 
@@ -96,7 +96,8 @@ def _sample(num_rows: int, batch: int, tokens: int, seed: int, first_sample: int
 def _draw(num_rows: int, batch: int, seed: int, first_sample: int) -> Tensor:
     """A random number for each row of each sequence, [batch, num_rows]."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(_RANDOM_RANGE, (first_sample + batch, num_rows), generator=generator)[first_sample:]
+    size = first_sample + batch, num_rows
+    return torch.randint(_RANDOM_RANGE, size, generator=generator, device="cpu")[first_sample:]
 
 
 def _one_of_each(edges: Tensor, draw: Tensor) -> Tensor:

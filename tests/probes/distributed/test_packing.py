@@ -176,3 +176,49 @@ def test_a_mean_over_no_rows_does_not_count() -> None:
 def test_an_empty_step_packs_too() -> None:
     layout = Layout(slots_of(pending()), [], CPU)
     assert Packing(Pending(), layout, CPU).pack(Pending()).tolist()[1] == [0, 0, 0, 0, 1]
+
+
+def test_numbers_of_the_host_are_those_of_the_step() -> None:
+    layout = Layout(slots_of(pending()), [], CPU)
+    packing, later = Packing(pending(), layout, CPU), pending()
+    assert packed(pending(), layout, packing)[0][-2] == 2.5
+    later.numbers[0] = later.numbers[0]._replace(value=7.5)
+    assert packing.fits(later)
+    assert packed(later, layout, packing)[0][-2] == 7.5
+
+
+def test_weights_of_another_dtype_are_packed_anew() -> None:
+    layout, other = Layout(slots_of(pending()), [], CPU), pending()
+    (index,) = [i for i, m in enumerate(other.measurements) if isinstance(m.weight, Tensor)]
+    other.measurements[index] = other.measurements[index]._replace(weight=torch.tensor(16.0))
+    packing = Packing(pending(), layout, CPU)
+    assert packing.fits(pending())
+    assert not packing.fits(other)
+
+
+def test_a_default_device_changes_nothing() -> None:
+    with torch.device("meta"):
+        layout = Layout(slots_of(pending()), [], CPU)
+        packing = Packing(pending_on_cpu := _on_cpu(), layout, CPU)
+        assert packing.pack(pending_on_cpu).device == CPU
+
+
+def _on_cpu() -> Pending:
+    with CPU:
+        return pending()
+
+
+def test_names_follow_what_is_there_and_exact() -> None:
+    layout = Layout(slots_of(pending()), [], CPU)
+    whole, few = pending(), pending(has_maximum=False)
+
+    def names(collected: Pending) -> list[tuple[Series, ...]]:
+        sent = Packing(collected, layout, CPU).pack(collected)
+        joined = layout.reduction.finish(layout.reduction.over_ranks(sent[None]).numpy())
+        return [names for names, *_ in layout.parts(joined)]
+
+    first = names(whole)
+    assert MAXIMUM in first[0]
+    assert MAXIMUM not in names(few)[0]
+    again = names(whole)
+    assert [id(each) for each in again] == [id(each) for each in first]
