@@ -76,7 +76,7 @@ class Sharding:
         for tensor in tensors:  # hundreds at every step: no call more than it takes
             if isinstance(tensor, dtensor):
                 spread = _spread(tensor.device_mesh, tensor.placements)
-                parts.append((_without_partial_sums(tensor) if spread.is_partial else tensor).to_local())
+                parts.append(_local(tensor, spread))
                 weights.append(spread.num_parts / self._num_ranks)
             else:
                 parts.append(tensor)
@@ -100,8 +100,7 @@ class Sharding:
         if self._dtensor is None or not isinstance(tensor, self._dtensor):
             return tensor, self.gradient_weight
         spread = _spread(tensor.device_mesh, tensor.placements)
-        part = (_without_partial_sums(tensor) if spread.is_partial else tensor).to_local()
-        return part, self.gradient_weight * spread.num_parts
+        return _local(tensor, spread), self.gradient_weight * spread.num_parts
 
     def first_sample(self, batch_size: int) -> int:
         """Index in the global batch of this rank's first sample, if all ranks have equally many."""
@@ -184,9 +183,10 @@ def _is_shard(placement: Any) -> bool:
     return not placement.is_replicate() and not placement.is_partial()
 
 
-def _without_partial_sums(tensor: DTensor) -> DTensor:
-    from torch.distributed.tensor import Replicate
+def _local(tensor: DTensor, spread: _Spread) -> Tensor:
+    if spread.is_partial:
+        from torch.distributed.tensor import Replicate
 
-    return tensor.redistribute(
-        placements=[Replicate() if placement.is_partial() else placement for placement in tensor.placements]
-    )
+        whole = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
+        tensor = tensor.redistribute(placements=whole)
+    return tensor.to_local()

@@ -22,6 +22,7 @@ from triton.runtime import driver
 
 from stability.attention.hopper import sigmoid_backward, sigmoid_forward
 from stability.attention.hopper.blocks import forward_blocks
+from stability.attention.hopper.eligibility import installed_triton
 
 # What a call may ask for beyond the plain one.
 CALLS: dict[str, dict[str, Any]] = {
@@ -152,7 +153,7 @@ def main() -> None:
                     label = f"{direction}{', deterministic' * bool(is_deterministic)}, {name}, {head_dim}"
                     handed_on = num_handed_on(head_dim, name) if is_deterministic is None else 0
                     measured = {"shared": shared, **measure(cubin), "handed_on": handed_on}
-                    print(json.dumps({"kernel": label, **measured}), flush=True)
+                    print(json.dumps({"kernel": label, "triton": installed_triton(), **measured}), flush=True)
 
 
 if __name__ == "__main__":

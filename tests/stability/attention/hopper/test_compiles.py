@@ -27,10 +27,14 @@ TOLERATED_SPILLS = {
     "backward, causal, 128": 16, "backward, everything, 128": 120,
     "backward, deterministic, causal, 128": 2, "backward, deterministic, everything, 128": 8,
     "backward, plain, 64": 2, "backward, float16, 64": 2, "backward, lengths, 64": 2,
-    "backward, causal, 64": 3, "backward, everything, 64": 8,
-    # With triton 3.8 and 3.9, between two tiles: ptxas lays that code out as part of a loop.
-    "forward, lengths, 64": 7, "forward, everything, 128": 3,
+    "backward, causal, 64": 2, "backward, everything, 64": 8,
 }  # fmt: skip
+# Versions of Triton that need more. In the forward it is code between two tiles, laid out as part of a loop.
+TOLERATED_MORE = {
+    "3.7": {"backward, causal, 64": 3},
+    "3.8": {"forward, everything, 128": 1},
+    "3.9": {"forward, lengths, 64": 7, "forward, everything, 128": 3},
+}
 
 
 @pytest.mark.parametrize("triton", ["installed", "other"])
@@ -60,4 +64,5 @@ def test_kernels_compile_and_hot_loops_do_not_spill(triton: str, tmp_path: Path)
         # Tiles of unequal cost are drawn from a counter; a dense call walks over them without one.
         is_drawing = re.fullmatch("forward, (causal|lengths|everything), .*", kernel["kernel"]) is not None
         assert kernel["atomics"] == is_drawing, kernel
-        assert kernel["loop_spills"] <= TOLERATED_SPILLS.get(kernel["kernel"], 0), kernel
+        tolerated = TOLERATED_SPILLS | TOLERATED_MORE.get(kernel["triton"], {})
+        assert kernel["loop_spills"] <= tolerated.get(kernel["kernel"], 0), kernel
