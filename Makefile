@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.stability-probes-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install stress-test representations verify-bounds tensorboard docs test test-all lint
+.PHONY: help install stress-test representations verify-bounds tensorboard tensorboard-demo docs test test-all lint
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,6 +28,13 @@ verify-bounds: $(INSTALLED) ## check the attention derivative bounds over every 
 
 tensorboard: $(INSTALLED) ## open the recorded runs in TensorBoard (RUNS=directory)
 	$(BIN)/python -m tensorboard.main --logdir $(RUNS) $(ARGS)
+
+tensorboard-demo: $(RUNS)/stress-160m ## open the published runs of 160M parameters in TensorBoard
+	$(BIN)/python -m tensorboard.main --logdir $< $(ARGS)
+
+$(RUNS)/stress-160m: $(wildcard docs/results/stress-160m/*.zip) | $(INSTALLED)
+	rm -rf $@
+	$(BIN)/python -m experiments.records_to_tensorboard docs/results/stress-160m --out $@
 
 docs: $(INSTALLED) ## build docs/ as a site, in build/docs
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs $(ARGS)

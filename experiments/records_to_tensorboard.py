@@ -2,7 +2,8 @@
 
     python -m experiments.records_to_tensorboard ARCHIVE.zip ... --out runs/stress-160m
 
-Whole layers, each tenth step unless said otherwise, under the tags that the probes use themselves.
+Whole layers, each tenth step unless said otherwise, under the tags that the probes use themselves, and the
+alerts. `make tensorboard-demo` does it with the published runs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from experiments.run_records import RecordedRun
 from experiments.stress_ledger import read_runs
 from probes.record import Series, StepRecords
 from probes.sinks import TensorBoardSink
+from stability.divergence import Alert
 
 
 def write_events(run: RecordedRun, log_dir: Path, every: int) -> None:
@@ -42,6 +44,8 @@ def write_events(run: RecordedRun, log_dir: Path, every: int) -> None:
     for step, records in sorted(steps.items()):
         names, numbers = zip(*records, strict=True)
         sink.write(StepRecords(step, names, np.array(numbers), np.full(len(numbers), np.nan)))
+    for alert in run.alerts:
+        sink.write_alert(Alert(**alert))
     sink.close()
 
 
