@@ -3,8 +3,10 @@ r"""What probes cost: training with them and with peers against bare training, i
 Every configuration trains its own copy of the model on the same batches. In each round all of them take
 their turn, in an order that rotates from round to round, each attached for its turn only: a warm-up step,
 then --steps-per-round timed ones; two hundred hold each default period of the probes a whole number of times.
+Shorter turns see less of a clock that drifts; probes go on counting from turn to turn, so that all rounds
+together hold their rare steps.
 Reported is the median over rounds of the ratio to bare training in the same round, with a 95 % bootstrap
-interval. "bare, a second copy" shows what no difference looks like.
+interval, and the ratio of all rounds together. "bare, a second copy" shows what no difference looks like.
 
     python -m experiments.overhead_benchmark --rounds 5       # one CPU thread, on a machine left alone
     python -m experiments.overhead_benchmark --contenders "bare*" "idle*" "detached*" \

@@ -11,7 +11,7 @@ import torch
 from experiments import overhead_benchmark, overhead_contenders
 from experiments.overhead_benchmark import PRESETS, main, measure, parse_arguments
 from experiments.overhead_contenders import BARE, Contender, contenders
-from experiments.overhead_report import paired_ratio
+from experiments.overhead_report import overheads, paired_ratio
 
 TINY = ["--steps-per-round", "10", "--preset", "tiny", "--rounds", "2"]
 
@@ -210,6 +210,12 @@ def test_paired_ratio_cancels_what_slows_a_whole_round():
     assert low < ratio < high
     assert ratio == pytest.approx(1.05, abs=0.005)
     assert high - low < 0.01
+
+
+def test_a_rare_dear_step_shows_in_all_rounds_together_alone():
+    bare, ours = [1.0] * 20, [1.0] * 19 + [3.0]
+    _, measured = overheads({"bare": bare, "ours": ours}, {"bare": "bare", "ours": "ours"}, steps=10)
+    assert (measured.ratio, measured.total) == (1.0, pytest.approx(1.1))
 
 
 def test_interval_covers_the_truth_as_often_as_it_says():
