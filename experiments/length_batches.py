@@ -15,6 +15,8 @@ from experiments.gene_ranks import RankBatch, RankTask, mask_genes
 
 # Cells are sorted by length times a random factor in 1 ± this: other cells meet in each pass.
 _JITTER = 0.1
+# Tokens of a batch without a backward pass over those of one with it: small ones let a GPU wait for its host.
+FORWARD_ROOM = 4
 
 
 def length_batches(
@@ -62,6 +64,7 @@ class LengthAwareRankTask(RankTask):
     def __init__(self, pool: CellPool, *, batch_size: int, tokens: int, seed: int) -> None:
         super().__init__(pool, batch_size=batch_size, tokens=tokens, seed=seed)
         self.max_tokens = batch_size * tokens
+        self.max_forward_tokens = FORWARD_ROOM * self.max_tokens
         self._batches: list[NDArray[np.int64]] = []
         self._passes = 0
         self._looks: list[tuple[NDArray[np.int64], RankBatch]] = []
@@ -76,12 +79,12 @@ class LengthAwareRankTask(RankTask):
         return [batch for _, batch in self.looks()]
 
     def looks(self) -> list[tuple[NDArray[np.int64], RankBatch]]:
-        """The validation batches, each with which cells are in it."""
+        """The validation batches, each with which cells are in it; larger than those of training."""
         if not self._looks:
             generator = np.random.default_rng(0)
             self._looks = [
                 (cells, mask_genes(self.validation, cells, self.num_genes, generator))
-                for cells in length_batches(self.validation.lengths, self.max_tokens)
+                for cells in length_batches(self.validation.lengths, self.max_forward_tokens)
             ]
         return self._looks
 

@@ -96,8 +96,8 @@ class PatientTraining(ResumableTraining):
         """
         is_autocast = self.config.precision == "autocast"
         batches, losses = task.looks(), []
-        for _, batch in batches:
-            with torch.autocast(self.device, dtype=torch.bfloat16, enabled=is_autocast):
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=is_autocast):  # casts weights once
+            for _, batch in batches:
                 ours = RankBatch._make(self._on_device(tensor) for tensor in batch)
                 losses.append(task.hidden_losses(self.model, ours))
         each = torch.cat(losses).double().cpu().numpy()  # the one transfer of a look
@@ -121,18 +121,20 @@ class PatientTraining(ResumableTraining):
             [cells, embed_dim].
         """
         assert isinstance(self.model, RankTransformer)
-        embeddings = np.zeros((len(cells.lengths), self.model.config.embed_dim), np.float32)
+        batches, means = length_batches(cells.lengths, self.task.max_forward_tokens), []
         is_autocast = self.config.precision == "autocast"
-        for chosen in length_batches(cells.lengths, self.task.max_tokens):
-            lengths = torch.from_numpy(cells.lengths[chosen]).to(self.device)
-            longest = int(cells.lengths[chosen].max())
-            tokens = torch.from_numpy(cells.genes[chosen, :longest].astype(np.int64)).to(self.device)
-            with torch.autocast(self.device, dtype=torch.bfloat16, enabled=is_autocast):
-                states = self.model.states(tokens, lengths)
-            is_token = torch.arange(longest, device=self.device) < lengths[:, None]
-            # Not a product with 0 and 1: what is computed for padding may be anything.
-            sums = states.float().masked_fill(~is_token.unsqueeze(-1), 0.0).sum(dim=1)
-            embeddings[chosen] = (sums / lengths[:, None]).cpu().numpy()
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=is_autocast):
+            for chosen in batches:
+                longest = int(cells.lengths[chosen].max())
+                lengths = torch.from_numpy(cells.lengths[chosen]).to(self.device)
+                tokens = torch.from_numpy(cells.genes[chosen, :longest].astype(np.int64)).to(self.device)
+                states = self.model.states(tokens, lengths).float()
+                is_token = torch.arange(longest, device=self.device) < lengths[:, None]
+                # Not a product with 0 and 1: what is computed for padding may be anything.
+                sums = states.masked_fill(~is_token.unsqueeze(-1), 0.0).sum(dim=1)
+                means.append(sums / lengths[:, None])
+        embeddings = np.empty((len(cells.lengths), self.model.config.embed_dim), np.float32)
+        embeddings[np.concatenate(batches)] = torch.cat(means).cpu().numpy()  # the one transfer
         return embeddings
 
     def _look(self) -> None:
@@ -143,7 +145,8 @@ class PatientTraining(ResumableTraining):
             self._best = {name: each.detach().clone() for name, each in self.model.state_dict().items()}
 
     def _is_done(self) -> bool:
-        looks = sum(step > self.best_step for step, _ in self.validation)
+        best_step = self.best_step
+        looks = sum(step > best_step for step, _ in self.validation)
         return self.step >= self.config.steps or looks >= self.config.patience or self.is_diverged
 
     def _state(self) -> dict[str, Any]:

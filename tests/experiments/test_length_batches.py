@@ -63,6 +63,21 @@ def test_validation_cells_come_once_with_the_same_masks_for_every_seed(task):
     assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_what_is_hidden_of_a_validation_cell_does_not_depend_on_the_size_of_batches(monkeypatch):
+    def hidden_by_cell(room):
+        monkeypatch.setattr("experiments.length_batches.FORWARD_ROOM", room)
+        looks = task_of(3).looks()
+        found = {}
+        for cells, batch in looks:
+            rows = batch.hidden // batch.tokens.shape[1]
+            found |= {cell: batch.genes[rows == row].tolist() for row, cell in enumerate(cells)}
+        return len(looks), found
+
+    (many, one_by_one), (few, together) = hidden_by_cell(1), hidden_by_cell(4)
+    assert few < many
+    assert one_by_one == together
+
+
 def test_tokens_are_counted_with_and_without_padding(task):
     batches = [task.batch(step) for step in range(5)]
     lengths = [
