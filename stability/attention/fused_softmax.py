@@ -105,18 +105,25 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, terms: LogitTerms) -> Ten
 
     batch, heads, tokens_q, head_dim = query.shape
     tokens_k = key.shape[2]
+    padding = padding_of(query, terms.query_lengths)
+    boundaries = _boundaries(terms.query_lengths, batch, tokens_q, query.device)
+    if tokens_q == tokens_k and terms.query_lengths is terms.key_lengths:
+        key_padding, key_boundaries = padding, boundaries
+    else:
+        key_padding = padding_of(key, terms.key_lengths)
+        key_boundaries = _boundaries(terms.key_lengths, batch, tokens_k, query.device)
     # Cleared first: 0 · NaN would bring the padding's garbage into the gradients.
-    if (padding := padding_of(query, terms.query_lengths)) is not None:
+    if padding is not None:
         query = query.masked_fill(padding, 0.0)
-    if (key_padding := padding_of(key, terms.key_lengths)) is not None:
+    if key_padding is not None:
         key, value = key.masked_fill(key_padding, 0.0), value.masked_fill(key_padding, 0.0)
     query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     output: Any = varlen_attn(
         query,
         key,
         value,
-        _boundaries(terms.query_lengths, batch, tokens_q, query.device),
-        _boundaries(terms.key_lengths, batch, tokens_k, query.device),
+        boundaries,
+        key_boundaries,
         tokens_q,
         tokens_k,
     )

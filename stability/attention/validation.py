@@ -84,12 +84,16 @@ def logit_terms(call: AttentionCall) -> LogitTerms:
     tokens_k = call.key.shape[2]
     device = call.query.device
     key_lengths = _lengths("key_lengths", call.key_lengths, batch, tokens_k, device)
+    if call.query_lengths is call.key_lengths and tokens_q == tokens_k:
+        query_lengths = key_lengths
+    else:
+        query_lengths = _lengths("query_lengths", call.query_lengths, batch, tokens_q, device)
     return LogitTerms(
         scale=_scale(call.scale, head_dim),
         is_causal=bool(call.is_causal),
         attn_mask=_attn_mask(call.attn_mask, (batch, heads, tokens_q, tokens_k), device),
         key_lengths=key_lengths,
-        query_lengths=_lengths("query_lengths", call.query_lengths, batch, tokens_q, device),
+        query_lengths=query_lengths,
         bias=_bias(call, key_lengths) if call.mechanism == "sigmoid" else 0.0,
         score_bias=_score_bias(call.score_bias, batch, tokens_k, device),
     )

@@ -36,23 +36,41 @@ def test_boundaries_cover_all_tokens_and_keep_the_valid_ones_together(lengths: l
     assert sizes[:, 1:].max() <= -(-17 // fused_softmax.PADDING_PIECES)
 
 
+def played_by_the_reference(
+    query: Tensor, key: Tensor, value: Tensor, q: Tensor, k: Tensor, *_: int
+) -> Tensor:
+    """What FlashAttention computes over lengths, sequence by sequence, since that needs a GPU."""
+    pieces = []
+    for a, b, c, d in zip(q[:-1], q[1:], k[:-1], k[1:], strict=True):
+        rows = [t.transpose(0, 1)[None] for t in (query[a:b], key[c:d], value[c:d])]
+        if b > a:
+            seen = softmax_attention(*rows) if d > c else torch.zeros_like(rows[0])
+            pieces.append(seen[0].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def test_lengths_of_self_attention_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", played_by_the_reference)
+    calls = []
+    boundaries = fused_softmax._boundaries
+    monkeypatch.setattr(
+        fused_softmax, "_boundaries", lambda *arguments: calls.append(1) or boundaries(*arguments)
+    )
+    query, key, value = make(9, 9, "cpu", torch.float64)
+    lengths = torch.tensor([4, 0, 9])
+    terms = terms_of(query, key, key_lengths=lengths, query_lengths=lengths)
+    actual = fused_softmax.attend(query, key, value, terms, 0.0)
+    expected = softmax_attention(query, key, value, key_lengths=lengths, query_lengths=lengths)
+    torch.testing.assert_close(actual, expected)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("query_lengths", [None, [0, 5, 9]])
 @pytest.mark.parametrize("key_lengths", [None, [4, 0, 7]])
 def test_lengths_mean_what_the_reference_means(
     query_lengths: list[int] | None, key_lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FlashAttention is played by the reference, sequence by sequence, since it needs a GPU."""
-
-    def varlen_attn(query: Tensor, key: Tensor, value: Tensor, q: Tensor, k: Tensor, *_: int) -> Tensor:
-        pieces = []
-        for a, b, c, d in zip(q[:-1], q[1:], k[:-1], k[1:], strict=True):
-            rows = [t.transpose(0, 1)[None] for t in (query[a:b], key[c:d], value[c:d])]
-            if b > a:
-                seen = softmax_attention(*rows) if d > c else torch.zeros_like(rows[0])
-                pieces.append(seen[0].transpose(0, 1))
-        return torch.cat(pieces)
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", played_by_the_reference)
     query, key, value = make(9, 7, "cpu", torch.float64)
     lengths = {"query_lengths": query_lengths, "key_lengths": key_lengths}
     actual = fused_softmax.attend(query, key, value, terms_of(query, key, **lengths), 0.0)
