@@ -1,24 +1,22 @@
-"""The plan of the stress test at 160 million parameters and 8,192 tokens, written before its runs.
+"""The plan of the stress test at 160 million parameters and 8,192 tokens: its runs, sessions and cost.
 
     python -m experiments.stress_plan              # every question, hypothesis, prediction, run and cost
     python -m experiments.stress_plan --gpus 1     # the cost on another machine
 
-A question is asked of both mechanisms with the same seeds, and each run is at least 1,500 steps long.
-Questions come in order of importance and in sessions: what one lease (`LEASE_MINUTES`) of a machine of four
-GPUs takes, two runs at a time on each. Three seeds of the strongest regime that these find come after them,
-as a question of their own.
+The questions (`experiments/stress_questions.py`) come in sessions: what one lease (`LEASE_MINUTES`) of a
+machine of four GPUs takes, two runs at a time on each.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from experiments.cell_transformer import MECHANISMS
 from experiments.command_line import experiment_parser, positive_int
 from experiments.run_config import RunConfig
+from experiments.stress_questions import QUESTIONS, Question
 
 # Training time of a lease of thirty minutes: what its start, three calls' beginnings and their writing leave.
 LEASE_MINUTES = 24.0
@@ -30,206 +28,6 @@ NUM_GPUS, SIDE_BY_SIDE = 4, 2
 GPU_SECONDS_PER_CELL = 0.055
 HOST_SECONDS_PER_BLOCK = 0.08 / 12
 START_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Question:
-    """One thing to find out.
-
-    Attributes:
-        name: Of its runs, too.
-        session: Lease in which it is asked.
-        hypothesis: What is thought, and why.
-        prediction: What will be seen if that is so.
-        changes: Fields of `RunConfig` that differ from its defaults.
-        seeds: One pair of runs, softmax and sigmoid, for each.
-        takes_whole_gpu: Whether a run of it shares its GPU with no other where there are several GPUs.
-        may_be_cut: Whether the runs begin even if the lease cannot see their end; they count as far as they
-            get.
-    """
-
-    name: str
-    session: int
-    hypothesis: str
-    prediction: str
-    changes: dict[str, Any]
-    seeds: tuple[int, ...] = (0,)
-    takes_whole_gpu: bool = False
-    may_be_cut: bool = False
-
-    def runs(self) -> list[RunConfig]:
-        """The question's runs, the two of one seed beside each other."""
-        return [
-            RunConfig(f"{self.name}-{mechanism}-seed{seed}", mechanism, seed=seed, **self.changes)
-            for seed in self.seeds
-            for mechanism in MECHANISMS
-        ]
-
-
-# The defaults of RunConfig are the regime of the best lead in SCIENCE.md, section 4, but for its batch:
-# rank-encoded real cells, pre-LN, GPT-2 initialisation, rate 1e-3, 100 steps of warm-up, β₂ 0.999, weight
-# decay 0.01, no clipping.
-QUESTIONS: tuple[Question, ...] = (
-    Question(
-        "lead",
-        1,
-        "Softmax rows collapse layer by layer, their logits grow, and gradients grow with them; sigmoid "
-        "has no rows that could collapse onto one key.",
-        "Softmax: median gradient norm rises from step 1,000 on, spikes above 30 x the median of steps "
-        "100-300, entropy below 0.1 nats in layer 1 first; no sustained factor of 1e4. Sigmoid: no spike "
-        "above 10 x, validation loss lower by 0.1 nats and more.",
-        {"batch_size": 4, "steps": 6000},
-        takes_whole_gpu=True,
-        may_be_cut=True,
-    ),
-    Question(
-        "healthy-ranks",
-        1,
-        "Clipped at 1 and at a moderate rate both mechanisms learn the task, so that what goes wrong "
-        "elsewhere is the regime's fault and not the harness's.",
-        "Validation cross-entropy at least 0.3 nats below the unigram one, 6 of 6 runs. (Unigram 9.207; "
-        "leaving out the genes that a cell shows and guessing by frequency would reach 7.94.)",
-        {"learning_rate": 5e-4, "schedule": "cosine", "clip_norm": 1.0, "batch_size": 2, "steps": 2000},
-        seeds=(0, 1, 2),
-    ),
-    Question(
-        "rate-1e-3",
-        1,
-        "The lead's rate at a quarter of its batch: noisier gradients, the same collapse.",
-        "No explosion; softmax's largest sustained factor is 2 to 10 times sigmoid's.",
-        {"learning_rate": 1e-3},
-        seeds=(0, 1, 2),
-    ),
-    Question(
-        "rate-3e-3",
-        1,
-        "Between the two lies softmax's largest stable rate, and not yet sigmoid's.",
-        "Softmax fails to learn in at least 2 of 3 seeds, sigmoid learns in at least 2 of 3.",
-        {"learning_rate": 3e-3},
-        seeds=(0, 1, 2),
-    ),
-    Question(
-        "no-warm-up-1e-3",
-        2,
-        "Without warm-up Adam's first full-size steps throw the weights far out for both alike; what follows "
-        "depends on where they land.",
-        "A first-steps transient of 2 to 4 orders in both, over within 10 steps; afterwards as rate-1e-3.",
-        {"warmup_steps": 0, "learning_rate": 1e-3},
-        seeds=(0, 1, 2),
-    ),
-    Question(
-        "rate-1e-2",
-        2,
-        "Ten times the rate drives both out of health: softmax to one-hot rows, sigmoid to saturation.",
-        "Neither learns (both within 0.05 nats of the unigram loss). Softmax's level after step 300 is 1 "
-        "to 2 orders above sigmoid's; neither reaches a sustained 1e4.",
-        {"learning_rate": 1e-2},
-        seeds=(0, 1, 2),
-    ),
-    Question(
-        "no-warm-up-1e-2",
-        2,
-        "As before, at the rate where sixteen short runs of regression came nearest to an explosion.",
-        "Softmax's median gradient norm is 1 to 2 orders above sigmoid's; no healthy baseline in either, "
-        "so no explosion by the definition.",
-        {"warmup_steps": 0, "learning_rate": 1e-2},
-        seeds=(0, 1, 2),
-    ),
-    Question(
-        "healthy-values",
-        2,
-        "The same of masked-value regression.",
-        "Explained variance above 0.2, 6 of 6 runs. (Each gene's mean alone explains 0.67.)",
-        {"task": "values", "learning_rate": 3e-4, "clip_norm": 1.0},
-        seeds=(0, 1, 2),
-    ),
-    Question(
-        "bfloat16-weights",
-        2,
-        "Weights and moments in bfloat16 lose the small updates that keep logits in bounds.",
-        "Both learn more slowly than rate-1e-3; softmax's max logit grows no faster. No explosion.",
-        {"precision": "bfloat16"},
-    ),
-    Question(
-        "init-0.1",
-        2,
-        "Five times GPT-2's standard deviation is 25 times the logits at the start: softmax begins "
-        "collapsed, sigmoid begins saturated where its bias does not hold.",
-        "Softmax's first-steps transient exceeds sigmoid's by an order; neither learns in 1,500 steps.",
-        {"model": {"init_std": 0.1}},
-    ),
-    Question(
-        "beta2-0.9999",
-        2,
-        "A long second moment lags behind growing gradients: larger relative updates at every spike.",
-        "Softmax's spikes grow (largest factor above that of rate-1e-3, seed 0), sigmoid's do not.",
-        {"betas": (0.9, 0.9999)},
-    ),
-    Question(
-        "beta2-0.95",
-        2,
-        "A short second moment follows the gradients and so damps spikes (Wortsman et al. 2304.13013).",
-        "Fewer factors above 10 than rate-1e-3, seed 0, in softmax; no change in sigmoid.",
-        {"betas": (0.9, 0.95)},
-    ),
-    Question(
-        "eps-1e-15",
-        2,
-        "With gradients of 0.2 over 160 million weights, ε = 1e-8 matters for the smallest entries alone.",
-        "No difference from rate-1e-3, seed 0, in either mechanism.",
-        {"eps": 1e-15},
-    ),
-    Question(
-        "post-ln",
-        2,
-        "Post-LN gradients grow towards the output at the start (Xiong et al. 2002.04745): less room for a "
-        "collapsed layer.",
-        "Softmax stops learning (within 0.05 nats of unigram); sigmoid may as well. No sustained 1e4.",
-        {"model": {"norm_position": "post"}},
-    ),
-    Question(
-        "deep",
-        2,
-        "21 layers of 768 in place of 12 of 1,024: gains multiply over more layers.",
-        "Softmax's largest factor is 3 times that of rate-1e-3, seed 0, or more; sigmoid's is not.",
-        {"model": {"num_layers": 21, "embed_dim": 768, "num_heads": 12}},
-    ),
-    Question(
-        "length-512",
-        2,
-        "Short rows collapse less: entropy starts at 6.2 nats in place of 9.0, and b = −ln n is smaller.",
-        "Softmax and sigmoid differ less than in rate-1e-3, seed 0, in gradient factor and in loss.",
-        {"tokens": 512, "batch_size": 16},
-    ),
-    Question(
-        "heavy-tails",
-        2,
-        "Counts as targets: a few cells carry nearly all of the gradient, whatever the mechanism.",
-        "Spikes of 2 orders above the median in both; explained variance lower than in healthy-values.",
-        {"task": "counts"},
-    ),
-    # Added after the first 26 runs (docs/results/2026-11-22-stress-160m.md), before any run of these.
-    Question(
-        "values-1e-3",
-        3,
-        "Ranks are hardly learned in 1,500 steps, so a calm mechanism cannot show there that it learns as "
-        "well. Values are learned, and softmax's rows collapse at the same rates.",
-        "Both explain more than 0.5 of the variance in 3 of 3 seeds; softmax has single steps of 1 to 2 "
-        "orders, sigmoid of less than 1; no explosion. The gradients of sigmoid's query projections fall "
-        "below a hundredth of softmax's.",
-        {"task": "values", "learning_rate": 1e-3},
-        seeds=(0, 1, 2),
-    ),
-    Question(
-        "values-3e-3",
-        3,
-        "The same at the rate of the strongest regime so far.",
-        "Neither mechanism passes the genes' means (0.67 of the variance) in 2 of 3 seeds; softmax has "
-        "single steps of 2 orders and more; no explosion. Sigmoid has row sums above 512 in 3 of 3.",
-        {"task": "values", "learning_rate": 3e-3},
-        seeds=(0, 1, 2),
-    ),
-)
 
 # Sizes to try the harness with; 160m runs the plan as it stands.
 SCALES: dict[str, dict[str, Any]] = {

@@ -28,7 +28,8 @@ from experiments.run_records import read_facts
 from experiments.side_by_side import Running, SideBySide, only_queue, sigterm_exits
 from experiments.stress_archives import Archives
 from experiments.stress_ledger import write_ledger
-from experiments.stress_plan import SIDE_BY_SIDE, START_SECONDS, Question, estimated_seconds, planned_runs
+from experiments.stress_plan import SIDE_BY_SIDE, START_SECONDS, estimated_seconds, planned_runs
+from experiments.stress_questions import Question
 
 # What a run may take beyond the call's end to write its checkpoint, and once more when it is told to stop.
 GRACE_SECONDS = 60.0

@@ -11,13 +11,13 @@ from experiments.prepare_cells import NUM_GENES
 from experiments.stress_plan import (
     LEASE_MINUTES,
     NUM_GPUS,
-    QUESTIONS,
     START_SECONDS,
     estimated_seconds,
     expected_minutes,
     main,
     planned_runs,
 )
+from experiments.stress_questions import QUESTIONS
 
 
 def test_the_plan_is_large_enough():
