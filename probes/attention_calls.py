@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,16 @@ from probes.attention_sites import AttentionSite, attention_site, read_softmax
 from probes.failures import ProbeWarning
 from probes.guard import ATTENTION
 from probes.pending import Pending
-from probes.record import Kind, Series
+from probes.record import Series
 from probes.sharding import Sharding
 from stability.attention.by_hand import is_attention_softmax, is_named_for_attention
 from stability.attention.call import AttentionCall
 from stability.attention.compiled import Place, Tracer
 from stability.attention.interception import observe_attention, observe_softmax
+from stability.attention.rows import RowSelection
 from stability.attention.seen import SeenAttention, UnseenAttentionError
+from stability.attention.statistics import AttentionStatistics
+from stability.attention.summary import Quantity, summarize_calls
 from stability.module_calls import ROOT_LAYER, ModuleCalls, in_backward
 
 _NO_CALL = "it makes no attention call that is known, and no softmax"
@@ -33,9 +37,23 @@ _NO_COMPILED_CALL = (
 REPORTED = "stability.attention.report_attention"
 SOFTMAX = "torch.softmax"
 
+# Rows of which statistics wait to be summarised: 16 MiB of them, in float32.
+_MAX_WAITING_ROWS = 2**19
+
+
+class _Waiting(NamedTuple):
+    """Rows of a call that have been measured and not yet summarised."""
+
+    place: Place
+    first_head: int
+    statistics: AttentionStatistics
+
 
 class AttentionCalls:
     """Measures attention calls made while a module of the model runs.
+
+    Each call's rows are measured when it is made, and summarised together with those of the step's other
+    calls: launching a summary for each of them would take longer than computing it.
 
     Args:
         pending: Receives the scalars.
@@ -85,6 +103,9 @@ class AttentionCalls:
         }
         self._unexplained = set(self._named_for_attention)
         self._reported: set[str] = set()
+        self._waiting: list[_Waiting] = []
+        self._num_waiting_rows = 0
+        self._select_anew()
         self.tracer = Tracer(self)
         self._traced_calls: dict[str, int] = {}
         self._traced_within: dict[str, bool] = {}
@@ -96,9 +117,22 @@ class AttentionCalls:
         handles.enter_context(observe_attention(self._see, self.tracer))
         handles.enter_context(observe_softmax(self._see_softmax))
 
+    def begin_step(self, step: int | None) -> None:
+        """A step begins whose calls are measured; None: are only listed."""
+        self.step = step
+        self._take_waiting()
+        self._select_anew()
+
     def start_forward(self) -> None:
         """A forward pass of the whole model begins: calls of a layer are counted from 0 again."""
         self._calls.clear()
+        self._select_anew()
+
+    def summarize(self) -> None:
+        """Adds what the calls so far have measured to the step's scalars."""
+        waiting = self._take_waiting()
+        if waiting:
+            self._guard(ATTENTION, self._add, waiting)
 
     def end_module(self, layer: str) -> None:
         """A module has returned: if it is named for attention, some call should have been seen in it."""
@@ -220,30 +254,44 @@ class AttentionCalls:
             self._unexplained -= {name for name in self._unexplained if _contains(name, place.layer)}
         is_empty = 0 in seen.call.query.shape[:3] or 0 in seen.call.key.shape[:3]
         if self.step is not None and not is_empty:
-            self._guard(ATTENTION, self._measure, place, seen, self.step)
+            self._guard(ATTENTION, self._measure, place, seen)
         return True
 
-    def _measure(self, place: Place, seen: SeenAttention, step: int) -> None:
+    def _measure(self, place: Place, seen: SeenAttention) -> None:
         batch, num_heads = seen.call.query.shape[:2]
         first_sample = self._sharding.first_sample(batch)
         first_head = self._sharding.first_head(place.layer, num_heads)
+        statistics = seen.statistics(self._row_selection, first_sample)
+        self._waiting.append(_Waiting(place, first_head, statistics))
+        self._num_waiting_rows += statistics.max_logit.numel()
+        if self._num_waiting_rows >= _MAX_WAITING_ROWS:
+            self.summarize()
+
+    def _take_waiting(self) -> list[_Waiting]:
+        waiting, self._waiting, self._num_waiting_rows = self._waiting, [], 0
+        return waiting
+
+    def _add(self, waiting: Sequence[_Waiting]) -> None:
+        summaries = summarize_calls([each.statistics for each in waiting])
+        for (place, first_head, statistics), summary in zip(waiting, summaries, strict=True):
+            heads = range(first_head, first_head + statistics.max_logit.shape[1])
+            self._pending.add_each(_names(place, summary.of_maxima, heads), summary.maxima)
+            names = _names(place, summary.of_means, heads)
+            self._pending.add_each(names, summary.means, summary.standard_errors, weight=summary.counts)
+
+    def _select_anew(self) -> None:
         # Each step has its own rows, the same ones in every run, on however many processes.
-        statistics = seen.statistics(self._rows, seed=step, first_sample=first_sample)
-        for quantity, summary in statistics.summarize().items():
-            series, heads = _names(place, quantity, summary.kind, first_head, num_heads)
-            of_all = 1.0 if summary.count is None else summary.count
-            of_heads = 1.0 if summary.per_head_count is None else summary.per_head_count
-            self._pending.add(series, summary.value, summary.standard_error, weight=of_all)
-            self._pending.add_each(heads, summary.per_head, summary.per_head_standard_error, weight=of_heads)
+        self._row_selection = RowSelection(self._rows, seed=self.step or 0)
 
 
 @lru_cache(maxsize=2**12)
-def _names(
-    place: Place, quantity: str, kind: Kind, first_head: int, num_heads: int
-) -> tuple[Series, tuple[Series, ...]]:
-    series = Series(place.layer, f"attention/{quantity}", call=place.call, kind=kind)
-    heads = range(first_head, first_head + num_heads)
-    return series, tuple(series._replace(head=head) for head in heads)
+def _names(place: Place, quantities: tuple[Quantity, ...], heads: range) -> tuple[Series, ...]:
+    """Of each quantity the layer's series and then one a head."""
+    return tuple(
+        Series(place.layer, f"attention/{name}", head=head, call=place.call, kind=kind)
+        for name, kind in quantities
+        for head in (None, *heads)
+    )
 
 
 def _contains(name: str, layer: str) -> bool:

@@ -60,6 +60,7 @@ class Watch:
         self.pending = Pending()
         self._guard = Guard(self.pending)
         self._schedule = schedule
+        self._tell_before_end = before_step_ends
         self._after_step = after_step
         self._layers = activation_layers(names, selected)
         blocks = outermost_blocks(next(iter(names)))
@@ -76,7 +77,7 @@ class Watch:
             parameter_layers(names),
             selected,
             sharding,
-            before_step_ends,
+            self._before_step_ends,
             self.end_step,
         )
         self._module_calls = ModuleCalls(names, self._before_module, self._after_module)
@@ -123,7 +124,7 @@ class Watch:
         elif is_due(step, schedule.activations):
             self._measured_layers = self._blocks
         self._is_jacobian_due = is_due(step, schedule.layer_jacobians)
-        self.attention.step = step if is_due(step, schedule.attention) else None
+        self.attention.begin_step(step if is_due(step, schedule.attention) else None)
         self._jacobians_measured.clear()
         self._optimizer_watch.begin_step(
             is_recorded=self._is_recorded,
@@ -139,6 +140,7 @@ class Watch:
         self._say_what_was_missed()
         self._is_forward_seen = False
         self._activations.end_step()
+        self.attention.summarize()
         step, pending = self.step, self.pending.take()
         self.begin_step(step + 1)
         self._after_step(step, pending)  # last, since it may raise what the user asked it to
@@ -162,9 +164,14 @@ class Watch:
                 "part of a graph. Leave `layer_jacobian_every` out, or the model uncompiled.",
             )
 
+    def _before_step_ends(self) -> None:
+        self.attention.summarize()  # verdicts may be asked for before the update
+        self._tell_before_end()
+
     def _let_go(self) -> None:
         self._is_released = True
         self._module_hooks.close()
+        self.attention.summarize()
         self._activations.end_step()
 
     def _hook_modules(self, is_needed: bool) -> None:

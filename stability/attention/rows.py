@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Hashable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from stability.attention.call import AttentionCall
 
 Coverage = Literal["all", "sampled", "given"]
 
@@ -26,6 +28,64 @@ class SelectedRows(NamedTuple):
     rows: Tensor
     weights: Tensor
     coverage: Coverage
+
+
+class RowSelection:
+    """Selects the rows of one attention call after the other, and of calls alike only once.
+
+    The layers of a model mostly are alike. What is selected is shared between them and not to be written to.
+
+    Args:
+        rows: As :func:`select_rows` takes them.
+        seed: Seed of a sample.
+
+    Example:
+        >>> query = torch.zeros(1, 2, 3, 4)
+        >>> call, selection = AttentionCall("softmax", query, query), RowSelection(None, seed=0)
+        >>> selection.of(call, None).rows
+        tensor([[0, 1, 2]])
+        >>> selection.of(call, None) is selection.of(call, None)
+        True
+    """
+
+    def __init__(self, rows: int | Tensor | None, seed: int) -> None:
+        self._rows = rows
+        self._seed = seed
+        # With the lengths, which stay alive: nothing else gets their id.
+        self._known: dict[Hashable, tuple[SelectedRows, object]] = {}
+
+    def of(self, call: AttentionCall, lengths: Tensor | None, first_sample: int = 0) -> SelectedRows:
+        """The rows of a call.
+
+        Args:
+            call: Its arguments as they were given.
+            lengths: Its checked `query_lengths`, [batch] int64 on the query's device.
+            first_sample: As :func:`select_rows` takes it.
+        """
+        batch, _, tokens, _ = call.query.shape
+        device = call.query.device
+        # On another stream they might be read before they are there.
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        alike = batch, tokens, device, stream, first_sample, _state_of(call.query_lengths)
+        if alike not in self._known:
+            selected = select_rows(
+                self._rows,
+                batch=batch,
+                tokens=tokens,
+                lengths=lengths,
+                device=device,
+                seed=self._seed,
+                first_sample=first_sample,
+            )
+            self._known[alike] = selected, call.query_lengths
+        return self._known[alike][0]
+
+
+def _state_of(lengths: Tensor | Sequence[int] | None) -> Hashable:
+    """Equal for lengths that are the same and have not been changed in between, without reading them."""
+    if isinstance(lengths, Tensor):  # inference tensors count no versions, and cannot be changed in training
+        return id(lengths), 0 if lengths.is_inference() else lengths._version
+    return None if lengths is None else tuple(lengths)
 
 
 def select_rows(
@@ -74,30 +134,17 @@ def select_rows(
             return SelectedRows(everything, torch.ones_like(everything[:1]).expand(batch, tokens), "all")
         return SelectedRows(everything, _is_valid(everything, tokens, lengths).long(), "all")
     # Drawn on the CPU, where the generator's state is: the copy to the device waits for nothing. Without
-    # lengths from the device all else is found there as well, once for all layers of a step.
-    if lengths is None:
-        sample = _sample(rows, batch, tokens, seed, first_sample)
-        positions, sizes = sample.to(device, non_blocking=True, copy=True)
-        return SelectedRows(positions, sizes, "sampled")
-    draw = _draw(rows, batch, seed, first_sample).to(device, non_blocking=True)
-    edges = torch.arange(rows + 1, device=device) * lengths[:, None] // rows
-    positions, sizes = _one_of_each(edges, draw)
-    return SelectedRows(positions.clamp_(max=tokens - 1), sizes, "sampled")
-
-
-@lru_cache(maxsize=4)
-def _sample(num_rows: int, batch: int, tokens: int, seed: int, first_sample: int) -> Tensor:
-    """Rows and sizes of the strata of sequences without padding, on the CPU: [2, batch, num_rows]."""
-    edges = (torch.arange(num_rows + 1, device="cpu") * tokens // num_rows).expand(batch, -1)
-    return _one_of_each(edges, _draw(num_rows, batch, seed, first_sample))
-
-
-@lru_cache(maxsize=1)
-def _draw(num_rows: int, batch: int, seed: int, first_sample: int) -> Tensor:
-    """A random number for each row of each sequence, [batch, num_rows]."""
+    # lengths from the device all else is found there as well.
     generator = torch.Generator().manual_seed(seed)
-    size = first_sample + batch, num_rows
-    return torch.randint(_RANDOM_RANGE, size, generator=generator, device="cpu")[first_sample:]
+    size = first_sample + batch, rows
+    draw = torch.randint(_RANDOM_RANGE, size, generator=generator, device="cpu")[first_sample:]
+    if lengths is None:
+        edges = (torch.arange(rows + 1, device="cpu") * tokens // rows).expand(batch, -1)
+        positions, sizes = _one_of_each(edges, draw).to(device, non_blocking=True)
+        return SelectedRows(positions, sizes, "sampled")
+    edges = torch.arange(rows + 1, device=device) * lengths[:, None] // rows
+    positions, sizes = _one_of_each(edges, draw.to(device, non_blocking=True))
+    return SelectedRows(positions.clamp_(max=tokens - 1), sizes, "sampled")
 
 
 def _one_of_each(edges: Tensor, draw: Tensor) -> Tensor:

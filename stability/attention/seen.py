@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stability.attention.call import AttentionCall
 from stability.attention.logits import NEGATIVE_INFINITY
-from stability.attention.rows import select_rows
-from stability.attention.statistics import AttentionStatistics, attention_statistics
+from stability.attention.rows import RowSelection
+from stability.attention.statistics import AttentionStatistics, attention_statistics, call_statistics
 
 RowLogits = Callable[[Tensor], Tensor]
 
@@ -38,11 +38,11 @@ class SeenAttention:
     call: AttentionCall
     row_logits: RowLogits | None = None
 
-    def statistics(self, rows: int | None, seed: int, first_sample: int = 0) -> AttentionStatistics:
-        """Statistics of all rows, or of a sample, as :func:`stability.attention_statistics` takes them."""
+    def statistics(self, selection: RowSelection, first_sample: int = 0) -> AttentionStatistics:
+        """Statistics of the rows that are selected; as :func:`stability.attention_statistics` gives them."""
         if self.row_logits is None:
-            return attention_statistics(**vars(self.call), rows=rows, seed=seed, first_sample=first_sample)
-        return _logit_statistics(self.call, self.row_logits, rows, seed, first_sample)
+            return call_statistics(self.call, selection, first_sample)
+        return _logit_statistics(self.call, self.row_logits, selection, first_sample)
 
 
 def seen_logits(logits: Tensor) -> SeenAttention:
@@ -71,20 +71,11 @@ def scaled_products(call: AttentionCall, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _logit_statistics(
-    call: AttentionCall, row_logits: RowLogits, rows: int | None, seed: int, first_sample: int
+    call: AttentionCall, row_logits: RowLogits, selection: RowSelection, first_sample: int
 ) -> AttentionStatistics:
-    batch, heads, tokens_q, _ = call.query.shape
+    batch, heads = call.query.shape[:2]
     tokens_k = call.key.shape[2]
-    device = call.query.device
-    selected = select_rows(
-        rows,
-        batch=batch,
-        tokens=tokens_q,
-        lengths=None,
-        device=device,
-        seed=seed,
-        first_sample=first_sample,
-    )
+    selected = selection.of(call, None, first_sample)
     chunk = max(1, _CHUNK_ELEMENTS // (batch * heads * tokens_k))
     parts = []
     for positions, weights in zip(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from stability.attention.call import AttentionCall, Mechanism
 from stability.attention.logits import NEGATIVE_INFINITY
 from stability.attention.moments import row_quantities
-from stability.attention.rows import Coverage, select_rows
-from stability.attention.summary import SummaryValue, summarize_rows
+from stability.attention.rows import Coverage, RowSelection
+from stability.attention.summary import SummaryValue, summarize_calls
 from stability.attention.validation import logit_terms
 
 
@@ -30,7 +31,6 @@ class AttentionStatistics:
         coverage: "all" rows, a "sampled" choice, or "given" ones.
         rows: [batch, num_rows] int64, the rows' positions.
         row_weights: [batch, num_rows] int64, how many rows each stands for (the size of its stratum).
-        valid: [batch, heads, num_rows], False for padding and rows without an allowed key.
         max_logit: Largest logit, masks and score_bias included, sigmoid's bias not.
         log_sum_exp: Logarithm of the softmax denominator; None for sigmoid.
         entropy: Entropy in nats of the weights (sigmoid: of the weights divided by their sum).
@@ -55,7 +55,6 @@ class AttentionStatistics:
     coverage: Coverage
     rows: Tensor
     row_weights: Tensor
-    valid: Tensor
     max_logit: Tensor
     entropy: Tensor
     jacobian_frobenius: Tensor
@@ -68,6 +67,11 @@ class AttentionStatistics:
     row_sum: Tensor | None = None
     saturated_share: Tensor | None = None
 
+    @cached_property
+    def valid(self) -> Tensor:
+        """[batch, heads, num_rows], False for padding and rows without an allowed key."""
+        return self.max_logit != NEGATIVE_INFINITY
+
     def summarize(self) -> dict[str, SummaryValue]:
         """Means and maxima over the valid rows, per layer and per head.
 
@@ -76,24 +80,10 @@ class AttentionStatistics:
             means of `entropy`, `jacobian_frobenius`, `jacobian_spectral`, `off_diagonal_share` and, for
             sigmoid, of `row_sum` and `saturated_share`.
         """
-        return summarize_rows(
-            maxima={"max_logit": self.max_logit, "derivative_max": self.derivative_max},
-            means={
-                "entropy": self.entropy,
-                "jacobian_frobenius": self.jacobian_frobenius,
-                "jacobian_spectral": self.jacobian_spectral,
-                "off_diagonal_share": self.off_diagonal_share,
-                "row_sum": self.row_sum,
-                "saturated_share": self.saturated_share,
-            },
-            upper_bounds={"jacobian_spectral"} if self.spectral_kind == "upper_bound" else set(),
-            row_weights=self.row_weights,
-            valid=self.valid,
-            coverage=self.coverage,
-        )
+        (summary,) = summarize_calls([self])
+        return summary.by_name()
 
 
-@torch.no_grad()
 def attention_statistics(
     query: Tensor,
     key: Tensor,
@@ -169,23 +159,24 @@ def attention_statistics(
         bias=bias,
         score_bias=score_bias,
     )
+    return call_statistics(call, RowSelection(rows, seed), first_sample, exact_spectral=exact_spectral)
+
+
+@torch.no_grad()
+def call_statistics(
+    call: AttentionCall, selection: RowSelection, first_sample: int = 0, *, exact_spectral: bool = False
+) -> AttentionStatistics:
+    """The same of a call whose rows are selected together with those of others."""
     terms = logit_terms(call)
-    selected = select_rows(
-        rows,
-        batch=query.shape[0],
-        tokens=query.shape[2],
-        lengths=terms.query_lengths,
-        device=query.device,
-        seed=seed,
-        first_sample=first_sample,
+    selected = selection.of(call, terms.query_lengths, first_sample)
+    quantities = row_quantities(
+        call.query, call.key, call.mechanism, terms, selected, exact_spectral=exact_spectral
     )
-    quantities = row_quantities(query, key, mechanism, terms, selected, exact_spectral=exact_spectral)
     return AttentionStatistics(
-        mechanism=mechanism,
+        mechanism=call.mechanism,
         coverage=selected.coverage,
         rows=selected.rows,
         row_weights=selected.weights,
-        valid=quantities["max_logit"] != NEGATIVE_INFINITY,
-        spectral_kind="exact" if exact_spectral or mechanism == "sigmoid" else "upper_bound",
+        spectral_kind="exact" if exact_spectral or call.mechanism == "sigmoid" else "upper_bound",
         **quantities,
     )

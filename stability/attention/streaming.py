@@ -61,7 +61,8 @@ def stream_row_statistics(
     mask, score_bias = terms.attn_mask, terms.score_bias
     mask_strides = (0, 0, 0, 0) if mask is None else _broadcasting_strides(mask)
     score_bias_strides = (0, 0, 0, 0) if score_bias is None else _broadcasting_strides(score_bias)
-    bias = _bias_per_head(terms.bias, query) if is_sigmoid else output
+    bias = _bias(terms.bias, query.device)
+    bias_strides = _broadcasting_strides(bias) if isinstance(bias, Tensor) else (0, 0)
     configuration = _configuration(query.dtype, head_dim, is_sigmoid)
     grid = (-(-num_rows // configuration["BLOCK_ROWS"]), batch * heads)
     row_statistics[grid](
@@ -72,13 +73,13 @@ def stream_row_statistics(
         bias, output,
         num_rows, tokens_k, terms.scale, heads, heads // key.shape[1],
         *query.stride(), *key.stride(), *selected.rows.stride(), *selected.weights.stride(), *mask_strides,
-        score_bias_strides[0], score_bias_strides[3], bias.stride(0), bias.stride(1), output.stride(0),
+        score_bias_strides[0], score_bias_strides[3], bias_strides[0], bias_strides[1], output.stride(0),
         HEAD_DIM=head_dim, IS_SIGMOID=is_sigmoid,
         IS_CAUSAL=terms.is_causal, HAS_KEY_LENGTHS=terms.key_lengths is not None,
         MASK=0 if mask is None else 1 if mask.dtype is torch.bool else 2,
         HAS_SCORE_BIAS=score_bias is not None,
         SCALE_FIRST=_scale_comes_first(terms),
-        SATURATED=saturated_weight or 0.0,
+        SATURATED=saturated_weight or 0.0, IS_BIAS_TENSOR=isinstance(bias, Tensor),
         BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
         **configuration,
     )  # fmt: skip
@@ -110,15 +111,11 @@ def _scale_comes_first(terms: LogitTerms) -> bool:
     return is_added or not 1e-6 <= terms.scale <= 1e6
 
 
-def _bias_per_head(bias: float | Tensor, query: Tensor) -> Tensor:
-    """Bias [batch, heads] in float32 on the query's device."""
-    batch, heads = query.shape[:2]
-    if isinstance(bias, Tensor) and bias.device == query.device:
-        bias = bias.to(torch.float32)
-    else:  # a number: filling a new tensor waits for nothing, copying one would
-        bias = torch.full((), float(bias), dtype=torch.float32, device=query.device)
-    bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
-    return bias.expand(batch, heads, 1, 1).squeeze(3).squeeze(2)
+def _bias(bias: float | Tensor, device: torch.device) -> float | Tensor:
+    """A number, which is a cheaper argument, or a float32 tensor that broadcasts to [batch, heads, 1, 1]."""
+    if isinstance(bias, Tensor) and bias.device == device:
+        return bias.to(torch.float32)[(None,) * (4 - bias.dim())]
+    return float(bias)
 
 
 def _broadcasting_strides(tensor: Tensor) -> tuple[int, ...]:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stability.attention.call import Mechanism
+from stability.attention.logits import NEGATIVE_INFINITY
 from stability.attention.rows import Coverage
+
+if TYPE_CHECKING:
+    from stability.attention.statistics import AttentionStatistics
 
 Kind = Literal["exact", "estimate", "lower_bound", "upper_bound"]
 """How a recorded value relates to the quantity: exact, a sampled mean, or a bound of it."""
+
+_MAXIMA = ("max_logit", "derivative_max")
+_MEANS = ("entropy", "jacobian_frobenius", "jacobian_spectral", "off_diagonal_share")
+_MEANS_OF_SIGMOID = (*_MEANS, "row_sum", "saturated_share")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,83 +50,154 @@ class SummaryValue:
     per_head_count: Tensor | None = None
 
 
-def summarize_rows(
-    *,
-    maxima: dict[str, Tensor],
-    means: dict[str, Tensor | None],
-    upper_bounds: set[str],
-    row_weights: Tensor,
-    valid: Tensor,
-    coverage: Coverage,
-) -> dict[str, SummaryValue]:
-    """Maxima and weighted means over valid rows; NaN or −inf where no row is valid.
+class Quantity(NamedTuple):
+    """What is recorded under a name, and how it relates to the truth."""
+
+    name: str
+    kind: Kind
+
+
+class CallSummary(NamedTuple):
+    """All quantities of one attention call, reduced over its valid rows.
+
+    The tensors are flat: of each quantity its value over all heads, then one a head.
+
+    Attributes:
+        of_maxima: Names of `maxima`.
+        of_means: Names of `means`, `standard_errors` and `counts`.
+        maxima: [maxima · (1 + heads)].
+        means: [means · (1 + heads)].
+        standard_errors: Likewise; None where all rows were measured.
+        counts: Likewise, how many rows each mean is over.
+    """
+
+    of_maxima: tuple[Quantity, ...]
+    of_means: tuple[Quantity, ...]
+    maxima: Tensor
+    means: Tensor
+    standard_errors: Tensor | None
+    counts: Tensor
+
+    def by_name(self) -> dict[str, SummaryValue]:
+        """Quantity → value, maxima first."""
+        summary = {}
+        for (name, kind), maxima in zip(self.of_maxima, _each(self.maxima, self.of_maxima), strict=True):
+            summary[name] = SummaryValue(maxima[0], maxima[1:], kind)
+        errors = self.standard_errors
+        for (name, kind), means, error, count in zip(
+            self.of_means,
+            _each(self.means, self.of_means),
+            [None] * len(self.of_means) if errors is None else _each(errors, self.of_means),
+            _each(self.counts, self.of_means),
+            strict=True,
+        ):
+            of_all, of_heads = (None, None) if error is None else (error[0], error[1:])
+            summary[name] = SummaryValue(means[0], means[1:], kind, of_all, of_heads, count[0], count[1:])
+        return summary
+
+
+def _each(flat: Tensor, quantities: Sequence[Quantity]) -> Sequence[Tensor]:
+    return flat.view(len(quantities), -1).unbind()
+
+
+@torch.no_grad()
+def summarize_calls(calls: Sequence[AttentionStatistics]) -> list[CallSummary]:
+    """Maxima and weighted means over the valid rows of each call; −inf or NaN where no row is valid.
+
+    Calls of the same shape are summarised by the same operations: the tensors are small, and what costs is
+    the number of operations on them.
 
     Args:
-        maxima: Quantities [batch, heads, num_rows] to take the maximum of.
-        means: Quantities to take the mean of; None entries are skipped.
-        upper_bounds: Names of means whose rows are upper bounds.
-        row_weights: [batch, num_rows], how many rows each stands for.
-        valid: [batch, heads, num_rows].
-        coverage: Whether the rows are all, a stratified sample, or given.
+        calls: Statistics of attention calls.
 
     Returns:
-        Name → value, maxima first.
+        A summary for each call.
     """
-    # All quantities at once: the tensors are small, and what costs is the number of calls on them.
-    summary: dict[str, SummaryValue] = {}
-    stacked = torch.stack(list(maxima.values())).masked_fill_(~valid, float("-inf"))
-    per_head = stacked.amax(dim=(1, 3))
-    value = per_head.amax(dim=1)
-    for i, name in enumerate(maxima):
-        summary[name] = SummaryValue(value[i], per_head[i], "exact" if coverage == "all" else "lower_bound")
+    alike: dict[object, list[int]] = {}
+    for index, call in enumerate(calls):
+        rows = call.max_logit
+        key = call.mechanism, call.coverage, call.spectral_kind, rows.shape, rows.dtype, rows.device
+        alike.setdefault(key, []).append(index)
+    summaries: dict[int, CallSummary] = {}
+    for indices in alike.values():
+        summaries.update(zip(indices, _summarize_alike([calls[index] for index in indices]), strict=True))
+    return [summaries[index] for index in range(len(calls))]
 
-    measured = {name: rows for name, rows in means.items() if rows is not None}
-    stacked = torch.stack(list(measured.values()))
-    weights = row_weights[:, None] * valid
-    total = (weights * stacked).sum(dim=(1, 3))
-    count = weights.sum(dim=(0, 2))
-    count_of_all = count.sum()
-    value, per_head = total.sum(dim=1) / count_of_all, total / count
-    error = per_head_error = None
-    if coverage == "given":  # any choice at all, from which nothing follows for the other rows
-        error = torch.full_like(value, float("nan"))
-        per_head_error = torch.full_like(per_head, float("nan"))
-    elif coverage == "sampled":
-        # Heads share their rows, so their errors add up before they are squared.
-        of_all = ((stacked - value[:, None, None, None]) * valid).sum(dim=2, keepdim=True)
-        of_heads = (stacked - per_head[:, None, :, None]) * valid
-        errors = _standard_errors(torch.cat([of_all, of_heads], dim=2), row_weights)
-        error, per_head_error = errors[:, 0] / count_of_all, errors[:, 1:] / count
-    for i, name in enumerate(measured):
-        kind: Kind = "exact" if coverage == "all" else "estimate"
-        summary[name] = SummaryValue(
-            value[i],
-            per_head[i],
-            "upper_bound" if name in upper_bounds else kind,
-            None if error is None else error[i],
-            None if per_head_error is None else per_head_error[i],
-            count_of_all,
-            count,
+
+def _summarize_alike(calls: Sequence[AttentionStatistics]) -> list[CallSummary]:
+    first = calls[0]
+    of_maxima, of_means = _quantities(first.mechanism, first.coverage, first.spectral_kind)
+    shape = first.max_logit.shape
+    rows = torch.stack([getattr(call, name) for call in calls for name, _ in of_maxima + of_means])
+    rows = rows.view(len(calls), -1, *shape)  # [calls, quantities, batch, heads, rows]
+    row_weights = torch.stack([call.row_weights for call in calls]).view(len(calls), 1, shape[0], 1, -1)
+    largest, measured = rows.split([len(of_maxima), len(of_means)], dim=1)
+    valid = largest[:, :1] != NEGATIVE_INFINITY
+
+    maxima = largest.where(valid, NEGATIVE_INFINITY).amax(dim=(2, 4))
+    maxima = torch.cat([maxima.amax(dim=2, keepdim=True), maxima], dim=2)
+
+    # Rows that are not valid are zeros, and where all rows are measured the others have weight 1.
+    counts = _of_all_and_each((row_weights * valid).sum(dim=(2, 4)))
+    weighted = measured if first.coverage == "all" else measured * row_weights
+    means = _of_all_and_each(weighted.sum(dim=(2, 4))) / counts
+    errors: Sequence[Tensor | None] = [None] * len(calls)
+    if first.coverage == "given":  # any choice at all, from which nothing follows for the other rows
+        errors = torch.full_like(means, float("nan")).flatten(1).unbind()
+    elif first.coverage == "sampled":
+        errors = (_standard_errors(measured, valid, means, row_weights) / counts).flatten(1).unbind()
+
+    return [
+        CallSummary(of_maxima, of_means, *flat)
+        for flat in zip(
+            maxima.flatten(1).unbind(),
+            means.flatten(1).unbind(),
+            errors,
+            counts.expand_as(means).flatten(1).unbind(),
+            strict=True,
         )
-    return summary
+    ]
 
 
-def _standard_errors(residual: Tensor, row_weights: Tensor) -> Tensor:
-    """Standard errors [quantities, heads] of Σ weight · residual over a sample with one row a stratum.
+@lru_cache
+def _quantities(
+    mechanism: Mechanism, coverage: Coverage, spectral_kind: Kind
+) -> tuple[tuple[Quantity, ...], tuple[Quantity, ...]]:
+    """The maxima and the means that are recorded."""
+    of_maxima: Kind = "exact" if coverage == "all" else "lower_bound"
+    of_means: Kind = "exact" if coverage == "all" else "estimate"
+    kinds = dict.fromkeys(_MEANS_OF_SIGMOID if mechanism == "sigmoid" else _MEANS, of_means)
+    if spectral_kind == "upper_bound":
+        kinds["jacobian_spectral"] = spectral_kind
+    return tuple(Quantity(name, of_maxima) for name in _MAXIMA), tuple(map(Quantity, kinds, kinds.values()))
+
+
+def _of_all_and_each(per_head: Tensor) -> Tensor:
+    """[..., 1 + heads] of sums [..., heads]: that of all heads first."""
+    return torch.cat([per_head.sum(dim=-1, keepdim=True), per_head], dim=-1)
+
+
+def _standard_errors(rows: Tensor, valid: Tensor, means: Tensor, row_weights: Tensor) -> Tensor:
+    """Standard errors of Σ weight · row over a sample with one row a stratum: [calls, quantities, 1 + heads].
 
     The variance within a stratum is half the squared difference to the next row, as is usual for systematic
     samples (Wolter 1985): too large where the residual has a trend, but far less so than the variance over
     the whole sequence. A stratum of one row has no error, and the last one takes the difference before it.
 
     Args:
-        residual: [quantities, batch, heads, num_rows].
-        row_weights: [batch, num_rows], sizes of the strata.
+        rows: [calls, quantities, batch, heads, rows].
+        valid: [calls, 1, batch, heads, rows].
+        means: [calls, quantities, 1 + heads].
+        row_weights: [calls, 1, batch, 1, rows], sizes of the strata.
     """
-    if residual.shape[3] == 1:
-        return residual.new_full((residual.shape[0], residual.shape[2]), float("nan"))
-    size = row_weights[:, None]
-    factor = size * size * (size > 1)
-    last = factor[:, :, -2:].sum(dim=2, keepdim=True)
-    factor = torch.cat([factor[:, :, :-2], last], dim=2)
-    step = residual[..., 1:] - residual[..., :-1]
-    return (step * step * factor).sum(dim=(1, 3)).mul_(0.5).sqrt_()
+    if rows.shape[4] == 1:
+        return torch.full_like(means, float("nan"))
+    of_all, of_heads = means[:, :, None, :, None].split([1, rows.shape[3]], dim=3)
+    # Heads share their rows, so their errors add up before they are squared.
+    residual_of_all = ((rows - of_all) * valid).sum(dim=3, keepdim=True)
+    residual = torch.cat([residual_of_all, (rows - of_heads) * valid], dim=3)
+    factor = row_weights * row_weights * (row_weights > 1)
+    last = factor[..., -2:].sum(dim=4, keepdim=True)
+    factor = torch.cat([factor[..., :-2], last], dim=4)
+    step = residual.diff(dim=4)
+    return (step * step * factor).sum(dim=(2, 4)).mul_(0.5).sqrt_()

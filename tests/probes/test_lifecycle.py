@@ -316,7 +316,7 @@ class TestFailuresWhileTraining:
         def broken(*arguments: object, **named: object) -> None:
             raise RuntimeError("bug")
 
-        monkeypatch.setattr("stability.attention.seen.attention_statistics", broken)
+        monkeypatch.setattr("stability.attention.seen.call_statistics", broken)
         model = SelfAttention(torch_attention)
         with pytest.warns(probes.ProbeWarning, match="measuring attention failed"):
             with probes.attach(model, attention_every=1) as probe:

@@ -37,13 +37,13 @@ def row_statistics(
     bias_stride_b, bias_stride_h, output_stride,
     HEAD_DIM: tl.constexpr, IS_SIGMOID: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_KEY_LENGTHS: tl.constexpr,
     MASK: tl.constexpr, HAS_SCORE_BIAS: tl.constexpr, SCALE_FIRST: tl.constexpr, SATURATED: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    IS_BIAS_TENSOR: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program writes the statistics of BLOCK_ROWS rows of one head.
 
     MASK: 0 none, 1 boolean, 2 added. SCALE_FIRST: every logit is multiplied by the scale, as it must be where
-    something is added to it; otherwise the scale is part of the factor c in the exponents. Rows of weight 0
-    count as rows without keys.
+    something is added to it; otherwise the scale is part of the factor c in the exponents. IS_BIAS_TENSOR:
+    the bias is not a number. Rows of weight 0 count as rows without keys.
     """
     negative_infinity: tl.constexpr = float("-inf")
     batch = tl.program_id(1) // heads
@@ -90,7 +90,9 @@ def row_statistics(
     )  # fmt: skip
     b = 0.0
     if IS_SIGMOID:
-        b = tl.load(bias + batch * bias_stride_b + head * bias_stride_h) * LOG2_E
+        if IS_BIAS_TENSOR:
+            bias = tl.load(bias + batch * bias_stride_b + head * bias_stride_h)
+        b = bias * LOG2_E
         m, small_max, w, log_sum, d_sum, d_squares, d_max, saturated, num_keys = sigmoid_sums(
             source, free, end, c, b, SATURATED,
             HEAD_DIM, IS_CAUSAL, MASK, HAS_SCORE_BIAS, SCALE_FIRST, BLOCK_ROWS, BLOCK_KEYS,

@@ -15,6 +15,7 @@ import stability
 from stability.attention import flash, report_attention
 from stability.attention.call import AttentionCall
 from stability.attention.interception import observe_attention, observe_softmax
+from stability.attention.rows import RowSelection
 from stability.attention.seen import SeenAttention, UnseenAttentionError, seen_logits
 from stability.attention.statistics import attention_statistics
 
@@ -34,7 +35,7 @@ def assert_logits(seen: SeenAttention, logits: Tensor) -> None:
     """The call's rows have these logits [batch, heads, tokens_q, tokens_k], sampled or not."""
     expected = seen_logits(logits)
     for rows in (None, 3):
-        a, b = seen.statistics(rows, seed=1), expected.statistics(rows, seed=1)
+        a, b = (each.statistics(RowSelection(rows, seed=1)) for each in (seen, expected))
         assert a.coverage == b.coverage
         for name in ("max_logit", "log_sum_exp", "entropy", "jacobian_frobenius", "trace", "rows"):
             torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-5, atol=1e-6, msg=name)
@@ -235,12 +236,13 @@ class TestSoftmax:
         logits = seen_logits((q @ k.mT) * 8**-0.5)
         assert tuple(logits.call.query.shape) == (2, 4, 5, 0)
         for rows in (None, 3):
-            a = logits.statistics(rows, seed=4)
+            a = logits.statistics(RowSelection(rows, seed=4))
             b = attention_statistics(q, k, mechanism="softmax", rows=rows, seed=4)
             assert (a.coverage, a.spectral_kind) == (b.coverage, b.spectral_kind)
             for name, value in vars(b).items():
                 if isinstance(value, Tensor):
                     torch.testing.assert_close(getattr(a, name), value, rtol=1e-5, atol=1e-6, msg=name)
+            assert torch.equal(a.valid, b.valid)
             assert set(a.summarize()) == set(b.summarize())
 
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stability.attention.rows import SelectedRows, select_rows
+from stability.attention.call import AttentionCall
+from stability.attention.rows import RowSelection, SelectedRows, select_rows
 
 
 def select(
@@ -100,3 +101,47 @@ def test_given_rows_beyond_the_length_have_no_weight() -> None:
 def test_bad_rows(rows: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         select(rows, tokens=5)
+
+
+class TestRowSelection:
+    """Calls alike share what is selected; whatever decides it sets them apart."""
+
+    def call(self, tokens: int = 9, lengths: Tensor | list[int] | None = None) -> AttentionCall:
+        query = torch.zeros(2, 3, tokens, 4)
+        return AttentionCall("softmax", query, query, query_lengths=lengths)
+
+    @pytest.mark.parametrize("rows", [None, 4])
+    def test_calls_alike_get_the_same_tensors(self, rows: int | None) -> None:
+        selection = RowSelection(rows, seed=3)
+        chosen = selection.of(self.call(), None)
+        assert selection.of(self.call(), None) is chosen
+        alone = select_rows(rows, batch=2, tokens=9, lengths=None, device=torch.device("cpu"), seed=3)
+        assert torch.equal(chosen.rows, alone.rows)
+        assert torch.equal(chosen.weights, alone.weights)
+
+    def test_another_shape_or_place_in_the_batch_gets_its_own(self) -> None:
+        selection = RowSelection(4, seed=3)
+        assert (
+            selection.of(self.call(tokens=9), None).rows.max()
+            < 9
+            <= selection.of(self.call(tokens=90), None).rows.max()
+        )
+        later = selection.of(self.call(), None, first_sample=2)
+        assert not torch.equal(later.rows, selection.of(self.call(), None).rows)
+
+    @pytest.mark.parametrize("rows", [None, 4])
+    def test_lengths_that_change_in_place_are_looked_at_again(self, rows: int | None) -> None:
+        selection = RowSelection(rows, seed=3)
+        as_tensor, as_list = torch.tensor([9, 5]), [9, 5]
+        for lengths in (as_tensor, as_list):
+            call = self.call(lengths=lengths)
+            before = selection.of(call, torch.tensor([9, 5]))
+            assert selection.of(call, torch.tensor([9, 5])) is before
+            lengths[1] = 0
+            assert selection.of(call, torch.tensor([9, 0])).weights.sum(dim=1).tolist() == [9, 0]
+
+    def test_lengths_made_without_versions_are_taken(self) -> None:
+        with torch.inference_mode():
+            lengths = torch.tensor([9, 5])
+        chosen = RowSelection(None, seed=3).of(self.call(lengths=lengths), lengths)
+        assert chosen.weights.sum(dim=1).tolist() == [9, 5]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stability.attention.statistics import attention_statistics
+from stability.attention.summary import summarize_calls
 
 MEANS = ("entropy", "jacobian_frobenius", "jacobian_spectral", "off_diagonal_share")
 
@@ -115,3 +116,30 @@ def test_nothing_valid_gives_nan_means_and_infinite_maxima() -> None:
     summary = attention_statistics(query, key, mechanism="softmax", query_lengths=[0, 0]).summarize()
     assert summary["entropy"].value.isnan()
     assert summary["max_logit"].value == -math.inf
+
+
+def test_calls_summarised_together_are_those_summarised_alone() -> None:
+    """Two shapes, both mechanisms, all rows, samples and given ones, padded or not, in any order."""
+    calls = [
+        attention_statistics(
+            *inputs(tokens), mechanism=mechanism, rows=rows, key_lengths=lengths, query_lengths=lengths
+        )
+        for rows in (None, 8, torch.tensor([3, 5]))
+        for lengths in (None, [12, 5], [0, 0])
+        for tokens in (16, 24)
+        for mechanism in ("softmax", "sigmoid")
+    ]
+    for call, summary in zip(calls, summarize_calls(calls), strict=True):
+        together, alone = summary.by_name(), call.summarize()
+        assert together.keys() == alone.keys()
+        for name, expected in alone.items():
+            for field, value in vars(expected).items():
+                found = getattr(together[name], field)
+                if isinstance(value, Tensor):
+                    torch.testing.assert_close(found, value, equal_nan=True)
+                else:
+                    assert found == value
+
+
+def test_nothing_to_summarise() -> None:
+    assert summarize_calls([]) == []

@@ -27,14 +27,13 @@ POINTERS = {
     "key_lengths": "*i64",
     "mask": "*bf16",
     "score_bias": "*bf16",
-    "bias": "*fp32",
     "output": "*fp32",
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_sigmoid", [False, True])
-def test_it_compiles_for_sm_90_without_local_arrays(is_sigmoid: bool) -> None:
+@pytest.mark.parametrize(("is_sigmoid", "bias"), [(False, "fp32"), (True, "fp32"), (True, "*fp32")])
+def test_it_compiles_for_sm_90_without_local_arrays(is_sigmoid: bool, bias: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -43,8 +42,9 @@ def test_it_compiles_for_sm_90_without_local_arrays(is_sigmoid: bool) -> None:
     names = row_statistics.arg_names
     configuration = _configuration(torch.bfloat16, 64, is_sigmoid)
     blocks = {name: configuration.pop(name) for name in ("BLOCK_ROWS", "BLOCK_KEYS")}
-    constants = {**CONSTANTS, **blocks, "IS_SIGMOID": is_sigmoid}
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
+    constants = {**CONSTANTS, **blocks, "IS_SIGMOID": is_sigmoid, "IS_BIAS_TENSOR": bias == "*fp32"}
+    types = {**POINTERS, "bias": bias}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     source = ASTSource(
         row_statistics,
         signature,
