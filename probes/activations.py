@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ class Activations:
         self._pending = pending
         self._guard = guard
         self._sharding = sharding
-        self._calls: Counter[str] = Counter()
+        self._calls: defaultdict[str, int] = defaultdict(int)
         self._watched: dict[int, _Watched] = {}
         self._has_input: set[str] = set()
         # Hooks on leaves (parameters, the user's inputs) outlive the graph and have to be taken off again.
@@ -162,9 +162,9 @@ def floating_tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.is_floating_point() and not value.is_sparse:
             yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from floating_tensors(item)
     elif isinstance(value, tuple | list):
         for item in value:
+            yield from floating_tensors(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
             yield from floating_tensors(item)

@@ -53,9 +53,7 @@ class OptimizerWatch:
         self._sharding = sharding
         self._before_step_ends = before_step_ends
         self._end_step = end_step
-        self._optimizer_state = OptimizerState(
-            {parameter: layer for parameter, layer in layer_of.items() if layer in selected}, sharding
-        )
+        self._optimizer_state = OptimizerState(sharding)
         self._stepped: set[Optimizer] = set()
         self._scaled_optimizer: Optimizer | None = None  # which a GradScaler is about to step, or not
 
@@ -125,7 +123,7 @@ class OptimizerWatch:
             self._measure_gradients(watched, getattr(optimizer, "grad_scale", None))
         self._guard(WEIGHTS, measure_weights, self._pending, watched, self._sharding)
         if self._is_detailed:
-            self._guard(UPDATES, self._optimizer_state.before, optimizer, has_closure=has_closure)
+            self._guard(UPDATES, self._optimizer_state.before, watched)
 
     def _after_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         has_closure = _has_closure(args, kwargs)

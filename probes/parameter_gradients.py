@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from probes.pending import Pending
 from probes.record import Series, series_of, series_of_each
 from probes.sharding import Sharding
-from stability.norms import count_nonfinite, in_order, largest_entries, tensor_norms_by_device
+from stability.norms import by_device, count_nonfinite, largest_entries, tensor_norms_by_device
 
 _MAX_KNOWN = 16
 
@@ -104,22 +104,19 @@ def measure_gradients(
     # What a sparse one does not store is zero and changes no norm. To coalesce it on CUDA waits for the
     # device, since only there is known how many entries remain; SparseAdam and Adagrad do so in their step.
     parts = [part.coalesce().values() if part.is_sparse else part for part in parts]
-    by_device = tensor_norms_by_device(parts)
-    for indices, norms in by_device:
+    for indices, norms in tensor_norms_by_device(parts):
         pending.add_some(watched.gradients, indices, _unscaled(norms, grad_scale), weights)
     if not is_detailed:
         return
     parts = [parts[index] for index in watched.selected]
     weights = [weights[index] for index in watched.selected]
-    all_norms = in_order(by_device)
-    counts = count_nonfinite(parts, [all_norms[index] for index in watched.selected])
-    for quantity, values, scale in (
-        ("grad_max_abs", largest_entries(parts), grad_scale),
-        ("nonfinite_count", counts, None),
-    ):
-        names = series_of_each(watched.selected_layers, quantity)
-        for indices, together in _stacked(values):
-            pending.add_some(names, indices, _unscaled(together, scale), weights)
+    for indices in by_device(parts):
+        of_device = [parts[index] for index in indices]
+        largest = largest_entries(of_device)
+        counts = count_nonfinite(of_device, largest)
+        for quantity, values in ("grad_max_abs", _unscaled(largest, grad_scale)), ("nonfinite_count", counts):
+            names = series_of_each(watched.selected_layers, quantity)
+            pending.add_some(names, indices, values, weights)
 
 
 @torch.no_grad()
@@ -135,15 +132,6 @@ def measure_weights(pending: Pending, watched: Watched, sharding: Sharding) -> N
     names = series_of_each(watched.selected_layers, "weight_norm")
     for indices, norms in tensor_norms_by_device(parts):
         pending.add_some(names, indices, norms, weights)
-
-
-def _stacked(values: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
-    """0-d values together for each device and dtype, and the indices of those in it."""
-    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, value in enumerate(values):
-        alike.setdefault((value.device, value.dtype), []).append(index)
-    for indices in alike.values():
-        yield indices, torch.stack([values[index] for index in indices])
 
 
 def _unscaled(values: Tensor, scale: Tensor | None) -> Tensor:

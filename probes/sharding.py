@@ -59,7 +59,6 @@ class Sharding:
         self.copy_weight = 1 / num_ranks
         self.gradient_weight = 1 / (self._num_groups**2 * self._num_tensor_ranks)
 
-    @torch.no_grad()
     def parts_and_weights(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
         """This rank's part of parameters, gradients or states, and one over the number of ranks that hold it.
 
@@ -91,7 +90,6 @@ class Sharding:
         """The part of one."""
         return self.parts([tensor])[0]
 
-    @torch.no_grad()
     def activation(self, tensor: Tensor) -> tuple[Tensor, float]:
         """This rank's part of an activation or a gradient there, and the weight of that gradient.
 
@@ -183,6 +181,7 @@ def _is_shard(placement: Any) -> bool:
     return not placement.is_replicate() and not placement.is_partial()
 
 
+@torch.no_grad()
 def _local(tensor: DTensor, spread: _Spread) -> Tensor:
     if spread.is_partial:
         from torch.distributed.tensor import Replicate

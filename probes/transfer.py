@@ -21,19 +21,20 @@ class Transfer:
     def __init__(self, step: int, pending: Pending) -> None:
         self.step = step
         self._pending = pending
-        # Packed dtype by dtype: converting scalar by scalar would launch one kernel for each.
-        by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        # Packed dtype by dtype: converting scalar by scalar would launch one kernel for each. Numbers of
+        # devices, because a device takes long to hash.
+        by_kind: dict[tuple[int, torch.dtype, int], list[int]] = {}
         for index, measurement in enumerate(pending.measurements):
             tensor = measurement.tensor
-            by_kind.setdefault((tensor.device, tensor.dtype), []).append(index)
-        by_device: dict[torch.device, list[list[int]]] = {}
-        for (device, _), group in by_kind.items():
+            by_kind.setdefault((tensor.get_device(), tensor.dtype, tensor.dim()), []).append(index)
+        by_device: dict[int, list[list[int]]] = {}
+        for (device, _, _), group in by_kind.items():
             by_device.setdefault(device, []).append(group)
         self._copies = []
-        for device, groups in by_device.items():
+        for groups in by_device.values():
             tensors = [[pending.measurements[index].tensor for index in group] for group in groups]
             order = [index for group in groups for index in group]
-            self._copies.append((order, *_copy_to_host(device, tensors)))
+            self._copies.append((order, *_copy_to_host(tensors)))
 
     @property
     def has_device(self) -> bool:
@@ -66,10 +67,16 @@ class Transfer:
 
 
 @torch.no_grad()
-def _copy_to_host(device: torch.device, groups: list[list[Tensor]]) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The step's one copy from a device to the host, and the event that marks its arrival."""
+def _copy_to_host(groups: list[list[Tensor]]) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The step's one copy from a device to the host, and the event that marks its arrival.
+
+    Args:
+        groups: Tensors of one dtype and number of dimensions, none or one.
+    """
+    device = groups[0][0].device
     wide = torch.float32 if device.type == "mps" else torch.float64
-    packed = torch.cat([torch.hstack(group).to(wide) for group in groups])
+    joined = [torch.cat(group) if group[0].dim() else torch.stack(group) for group in groups]
+    packed = torch.cat([flat.to(wide) for flat in joined])
     if device.type != "cuda":
         return packed.to("cpu"), None
     host = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)

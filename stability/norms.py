@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -39,7 +40,11 @@ def tensor_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
         >>> [f"{norm.item():.3g}" for norm in norms]
         ['2e+20', '2e-25']
     """
-    return in_order(tensor_norms_by_device(tensors))
+    norms = [torch.empty(0)] * len(tensors)
+    for indices, of_device in tensor_norms_by_device(tensors):
+        for index, norm in zip(indices, of_device.unbind(), strict=True):
+            norms[index] = norm
+    return norms
 
 
 @torch.no_grad()
@@ -53,25 +58,19 @@ def tensor_norms_by_device(tensors: Sequence[Tensor]) -> list[tuple[list[int], T
         >>> tensor_norms_by_device([torch.tensor([3.0, 4.0]), torch.zeros(2)])
         [([0, 1], tensor([5., 0.], dtype=torch.float64))]
     """
-    by_device: dict[int | torch.device, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        # Numbers, because a device takes as long to hash as all the rest.
-        device = tensor.get_device() if tensor.is_cuda else tensor.device
-        by_device.setdefault(device, []).append(index)
-    return [(indices, _norms([tensors[index] for index in indices])) for indices in by_device.values()]
+    return [(indices, _norms([tensors[index] for index in indices])) for indices in by_device(tensors)]
 
 
-def in_order(by_device: Iterable[tuple[list[int], Tensor]]) -> list[Tensor]:
-    """The 0-d tensors of what :func:`tensor_norms_by_device` returned, in the order of its argument.
+def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of the tensors of each device.
 
     Example:
-        >>> in_order([([0, 2], torch.tensor([5.0, 1.0])), ([1], torch.tensor([3.0]))])
-        [tensor(5.), tensor(3.), tensor(1.)]
+        >>> by_device([torch.empty(2), torch.empty(3)])
+        [[0, 1]]
     """
-    numbered = [
-        pair for indices, of_device in by_device for pair in zip(indices, of_device.unbind(), strict=True)
-    ]
-    return [norm for _, norm in sorted(numbered, key=lambda pair: pair[0])]
+    # By their numbers (the CPU's is −1), because a device takes as long to hash as all the rest.
+    devices = [tensor.get_device() for tensor in tensors]
+    return [[i for i, device in enumerate(devices) if device == found] for found in dict.fromkeys(devices)]
 
 
 def tensor_norm(tensor: Tensor) -> Tensor:
@@ -81,59 +80,53 @@ def tensor_norm(tensor: Tensor) -> Tensor:
         >>> tensor_norm(torch.tensor([3.0, 4.0])).item()
         5.0
     """
-    tensor = tensor.detach()
-    if tensor.device.type == "cpu":
-        return _norm_on_cpu(tensor)
-    if tensor.device.type == "cuda":
+    tensor = tensor.detach() if tensor.requires_grad else tensor  # an operation, which takes time
+    if tensor.is_cuda:
         return torch._foreach_norm([tensor], 2, dtype=torch.float64)[0]
-    return _rescaled_norm(tensor)
+    return _norm_on_cpu(tensor) if tensor.is_cpu else _rescaled_norm(tensor)
 
 
-def largest_entries(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """:func:`max_abs` of every tensor, on CUDA by few launches.
+@torch.no_grad()
+def largest_entries(tensors: Sequence[Tensor]) -> Tensor:
+    """:func:`max_abs` of tensors on one device, [number of tensors]; on CUDA by few launches.
 
     Example:
         >>> largest_entries([torch.tensor([1.0, -3.0]), torch.empty(0)])
-        [tensor(3.), tensor(0.)]
+        tensor([3., 0.])
     """
-    largest = [torch.empty(0)] * len(tensors)
-    fused = [i for i, tensor in enumerate(tensors) if tensor.device.type == "cuda" and tensor.numel()]
-    if fused:
-        found = torch._foreach_norm([tensors[i].detach() for i in fused], math.inf)
-        for i, value in zip(fused, found, strict=True):
-            largest[i] = value
-    for i in set(range(len(tensors))).difference(fused):
-        largest[i] = max_abs(tensors[i])
-    return largest
+    tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
+    if tensors[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(tensors, math.inf))
+    low, high = zip(*map(torch.aminmax, tensors), strict=True)  # as in max_abs
+    return torch.maximum(torch.stack(low).abs_(), torch.stack(high).abs_())
 
 
-def count_nonfinite(tensors: Sequence[Tensor], norms: Sequence[Tensor]) -> list[Tensor]:
-    """NaN and infinite entries of every tensor. On CUDA it takes temporaries of the tensors' size.
+@torch.no_grad()
+def count_nonfinite(tensors: Sequence[Tensor], largest: Tensor) -> Tensor:
+    """NaN and infinite entries of tensors on one device. On CUDA it takes temporaries of the tensors' size.
 
     Args:
         tensors: Floating-point tensors.
-        norms: Their :func:`tensor_norms`. A finite norm has finite parts only, and where reading it waits for
-            nothing (CPU) it spares the count.
+        largest: Their :func:`largest_entries`. A tensor whose largest entry is finite has finite ones only,
+            and where reading it waits for nothing (CPU) it spares the count.
 
     Returns:
-        0-d float64 or float32 tensors on the tensors' devices; rounded beyond 2²⁴ entries on CUDA.
+        float64 [number of tensors] (float32 where the device has no float64), on the tensors' device.
 
     Example:
         >>> tensors = [torch.tensor([1.0, math.nan]), torch.ones(3)]
-        >>> [int(count) for count in count_nonfinite(tensors, tensor_norms(tensors))]
-        [1, 0]
+        >>> count_nonfinite(tensors, largest_entries(tensors)).tolist()
+        [1.0, 0.0]
     """
-    counts = [torch.zeros((), dtype=torch.float64)] * len(tensors)
-    counted = [
-        i for i, norm in enumerate(norms) if norm.device.type != "cpu" or not math.isfinite(norm.item())
-    ]
-    if counted:
-        chosen = [tensors[i].detach() for i in counted]
-        # x − x is NaN where x is not finite and 0 elsewhere.
-        for i, difference in zip(counted, torch._foreach_sub(chosen, chosen), strict=True):
-            dtype = torch.promote_types(difference.dtype, torch.float32)
-            counts[i] = torch.linalg.vector_norm(difference, 0, dtype=dtype)
-    return counts
+    if largest.device.type == "cpu":
+        counts = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
+        for index, value in enumerate(largest.tolist()):
+            if not math.isfinite(value):
+                counts[index] = tensors[index].isfinite().logical_not_().sum()
+        return counts
+    # x − x is NaN where x is not finite and 0 elsewhere.
+    differences = torch._foreach_sub(list(tensors), list(tensors))
+    return torch.stack(torch._foreach_norm(differences, 0, dtype=_widest(largest.device)))
 
 
 def max_abs(tensor: Tensor) -> Tensor:
@@ -143,13 +136,13 @@ def max_abs(tensor: Tensor) -> Tensor:
         >>> max_abs(torch.tensor([1.0, -3.0, 2.0]))
         tensor(3.)
     """
-    tensor = tensor.detach()
+    tensor = tensor.detach() if tensor.requires_grad else tensor  # an operation, which takes time
     if tensor.numel() == 0:
         return tensor.new_zeros(())
-    if tensor.device.type != "cpu":
-        return torch.linalg.vector_norm(tensor, float("inf"))
+    if not tensor.is_cpu:
+        return torch.linalg.vector_norm(tensor, math.inf)
     low, high = torch.aminmax(tensor)  # ten times faster than the norm
-    return torch.maximum(-low, high)
+    return torch.maximum(low.neg_(), high)
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
@@ -160,16 +153,15 @@ def _norms(tensors: list[Tensor]) -> Tensor:
         return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64))
     if device.type != "cpu":
         return torch.stack([_rescaled_norm(tensor) for tensor in tensors])
-    norms = torch.empty(len(tensors), dtype=torch.float64)
-    short = [
-        index
-        for index, tensor in enumerate(tensors)
-        if tensor.dtype is torch.float32 and tensor.numel() <= _LONGEST_SUM
-    ]
-    if short:
-        norms[short] = torch.stack(torch._foreach_norm([tensors[index] for index in short], 2)).double()
-    for index in set(range(len(tensors))).difference(short):
-        norms[index] = _unscaled_norm_on_cpu(tensors[index])
+    are_short = [tensor.dtype is torch.float32 and tensor.numel() <= _LONGEST_SUM for tensor in tensors]
+    short = list(compress(tensors, are_short))
+    fused = iter(torch._foreach_norm(short, 2) if short else ())
+    norms = torch.stack(
+        [
+            next(fused) if is_short else _unscaled_norm_on_cpu(tensor)
+            for tensor, is_short in zip(tensors, are_short, strict=True)
+        ]
+    ).double()
     # Reading a CPU scalar waits for nothing, so the second pass is made only where it is needed.
     for index, norm in enumerate(norms.tolist()):
         if not _SMALLEST_SAFE_NORM < norm < math.inf:
@@ -191,7 +183,11 @@ def _unscaled_norm_on_cpu(tensor: Tensor) -> Tensor:
 
 
 def _rescaled_norm(tensor: Tensor) -> Tensor:
-    dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
+    dtype = _widest(tensor.device)
     largest = max_abs(tensor).to(dtype)
     scale = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
     return torch.linalg.vector_norm(tensor.to(dtype) / scale) * scale
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

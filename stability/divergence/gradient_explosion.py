@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
+
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings, Severity
 from stability.divergence.remedies import REMEDIES
-from stability.divergence.track import ONSET_SCORE, Track, from_states, origin, states
+from stability.divergence.track import ONSET_SCORE, Tracks, logs, origin
 
 _WHAT = {"grad_norm": "gradient norm", "activation_grad_norm": "the norm of the gradient at its output,"}
 _SEVERITIES: tuple[Severity, ...] = ("warning", "divergence")
@@ -80,50 +82,55 @@ class GradientExplosionDetector:
         self._num_spreads = num_spreads
         self._window = window
         self._min_history = min_history
-        self._tracks: dict[str, Track] = {}
+        self._tracks = Tracks(window)
         self._reported = 0  # severities already reported in this episode
         self._first = 0.0  # norm of the whole model
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
-        medians: dict[str, float] = {}
-        level = 0
-        for layer, norm in readings.get(self._quantity, {}).items():
-            if layer == ALL_LAYERS or not 0 < norm < math.inf:
-                continue  # NonFiniteDetector speaks of these; a gradient of zero has no logarithm
-            track = self._tracks.get(layer)
-            if track is None:
-                track = self._tracks[layer] = Track(self._window)
-            log_norm = math.log(norm)
-            if len(track.range) < self._min_history:
-                track.range.append(log_norm)
-                track.add(step, norm, 0.0)
-                continue
-            median = medians[layer] = track.range.median()
-            excess = log_norm - median
-            threshold = self._warning
-            if excess >= ONSET_SCORE * threshold:  # nearly never; below, a wider spread changes nothing
-                threshold = max(threshold, self._num_spreads * track.range.spread())
-            track.range.append(min(log_norm, median + threshold))
-            track.add(step, norm, excess / threshold)
-            if excess >= threshold:
-                level = max(level, 2 if excess >= self._divergence else 1)
-        if not medians:
+        norms = {
+            layer: norm
+            for layer, norm in readings.get(self._quantity, {}).items()
+            # NonFiniteDetector speaks of others; a gradient of zero has no logarithm.
+            if layer != ALL_LAYERS and 0 < norm < math.inf
+        }
+        if not norms:
             return self._first_alerts(step, readings)
+        layers = list(norms)
+        rows, values = self._tracks.rows(layers), np.array(list(norms.values()))
+        log_norms = logs(norms.values())
+        judged = np.flatnonzero(self._tracks.lengths(rows) >= self._min_history)
+        medians = self._tracks.medians(rows[judged])
+        excesses = log_norms[judged] - medians
+        thresholds = np.full(len(judged), self._warning)
+        far = excesses >= ONSET_SCORE * thresholds  # nearly never; below, a wider spread changes nothing
+        if far.any():
+            spreads = self._tracks.spreads(rows[judged][far])
+            thresholds[far] = np.maximum(thresholds[far], self._num_spreads * spreads)
+        scores = np.zeros(len(layers))
+        scores[judged] = excesses / thresholds
+        log_norms[judged] = np.minimum(log_norms[judged], medians + thresholds)
+        self._tracks.append(rows, log_norms)
+        self._tracks.add(step, rows, values, scores)
+        if not judged.size:
+            return self._first_alerts(step, readings)
+        out = excesses[excesses >= thresholds]
+        level = 0 if not out.size else 2 if out.max() >= self._divergence else 1
         if level <= self._reported:
-            if all(self._tracks[layer].onset is None for layer in medians):
+            if self._tracks.are_ordinary(rows[judged]):
                 self._reported = 0
             return []
         self._reported = level
-        return [self._alert(step, medians, _SEVERITIES[level - 1])]
+        of_layer = {layers[index]: median for index, median in zip(judged, medians.tolist(), strict=True)}
+        return [self._alert(step, of_layer, _SEVERITIES[level - 1])]
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
-        return {"tracks": states(self._tracks), "reported": self._reported, "first": self._first}
+        return {"tracks": self._tracks.state_dict(), "reported": self._reported, "first": self._first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
-        self._tracks = from_states(self._window, state["tracks"])
+        self._tracks = Tracks(self._window, state["tracks"])
         self._reported = state["reported"]
         self._first = state["first"]
 
@@ -161,7 +168,7 @@ class GradientExplosionDetector:
         reason = (
             f"{_WHAT[self._quantity]} {norm:.3g} is {norm / reference:.3g} × its median of {reference:.3g}"
         )
-        points = list(track.recent)[-_GROWTH_STEPS:]
+        points = track.recent[-_GROWTH_STEPS:]
         growth = (math.log(points[-1][1]) - math.log(points[0][1])) / max(1, points[-1][0] - points[0][0])
         missing = self._divergence - math.log(norm / reference)
         if severity == "warning" and growth > 0 < missing:
@@ -179,7 +186,7 @@ class GradientExplosionDetector:
             reason + ".",
             kind="gradient-explosion",
             onset_step=track.onset,
-            evidence=tuple(track.recent),
+            evidence=track.recent,
             spread=spread,
             remedies=REMEDIES["gradient-explosion"],
         )

@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
+
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings
 from stability.divergence.remedies import REMEDIES
-from stability.divergence.track import Track, from_states, origin, states
+from stability.divergence.track import Tracks, logs, origin
 
 _TINY = 1e-12  # a share or an entropy of zero has no logarithm
 
@@ -70,47 +72,52 @@ class QuantityRangeDetector:
         self._window = window
         self._min_history = min_history
         self._sign = 1 if bad == "large" else -1
-        self._tracks: dict[str, Track] = {}
+        self._tracks = Tracks(window)
         self._is_reported = False
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
-        medians: dict[str, float] = {}  # of the layers that are judged, before this value
-        for layer, value in readings.get(self._quantity, {}).items():
-            if layer == ALL_LAYERS or not 0 <= value < math.inf:
-                continue
-            track = self._tracks.get(layer)
-            if track is None:
-                track = self._tracks[layer] = Track(self._window)
-            height = self._sign * math.log(max(value, _TINY))
-            score = 0.0
-            if len(track.range) >= self._min_history:
-                median = medians[layer] = track.range.median()
-                nearness = (max(value, _TINY) / self._limit) ** self._sign  # 1 at the limit, from either side
-                score = min((height - median) / self._ratio, nearness)
-                height = min(height, median + self._ratio)
-            track.range.append(height)
-            track.add(step, value, score)
-        if not medians:
+        of_layer = {
+            layer: value
+            for layer, value in readings.get(self._quantity, {}).items()
+            if layer != ALL_LAYERS and 0 <= value < math.inf
+        }
+        if not of_layer:
             return []
-        begins = not self._is_reported and any(self._tracks[layer].score >= 1 for layer in medians)
+        layers = list(of_layer)
+        rows, values = self._tracks.rows(layers), np.array(list(of_layer.values()))
+        heights = self._sign * logs(np.maximum(values, _TINY).tolist())
+        judged = np.flatnonzero(self._tracks.lengths(rows) >= self._min_history)
+        medians = self._tracks.medians(rows[judged])  # before this value
+        # 1 at the limit, from either side.
+        nearness = (np.maximum(values[judged], _TINY) / self._limit) ** float(self._sign)
+        scores = np.zeros(len(layers))
+        scores[judged] = np.minimum((heights[judged] - medians) / self._ratio, nearness)
+        heights[judged] = np.minimum(heights[judged], medians + self._ratio)
+        self._tracks.append(rows, heights)
+        self._tracks.add(step, rows, values, scores)
+        if not judged.size:
+            return []
+        # Many layers move half of the way while they learn: only those that are out are candidates.
+        out = {
+            layers[i]: median for i, median in zip(judged, medians.tolist(), strict=True) if scores[i] >= 1
+        }
+        begins = not self._is_reported and bool(out)
         self._is_reported |= begins
-        self._is_reported &= any(self._tracks[layer].onset is not None for layer in medians)
-        return [self._alert(step, medians)] if begins else []
+        self._is_reported &= not self._tracks.are_ordinary(rows[judged])
+        return [self._alert(step, out)] if begins else []
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
-        return {"tracks": states(self._tracks), "is_reported": self._is_reported}
+        return {"tracks": self._tracks.state_dict(), "is_reported": self._is_reported}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
-        self._tracks = from_states(self._window, state["tracks"])
+        self._tracks = Tracks(self._window, state["tracks"])
         self._is_reported = state["is_reported"]
 
     def _alert(self, step: int, medians: Mapping[str, float]) -> Alert:
-        # Many layers move half of the way while they learn: only those that are out are candidates.
-        out = [layer for layer in medians if self._tracks[layer].score >= 1]
-        layer, spread = origin(self._tracks, out, ties="first")
+        layer, spread = origin(self._tracks, medians, ties="first")
         track = self._tracks[layer]
         value, reference = track.recent[-1][1], math.exp(self._sign * medians[layer])
         return Alert(
@@ -124,7 +131,7 @@ class QuantityRangeDetector:
             f"(limit {self._limit:g}).",
             kind=self._kind,
             onset_step=track.onset,
-            evidence=tuple(track.recent),
+            evidence=track.recent,
             spread=spread,
             remedies=REMEDIES.get(self._kind, ()),
         )

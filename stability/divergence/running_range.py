@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 
 # Of a normal distribution, in standard deviations.
-_NORMAL_INTERQUARTILE_RANGE = 1.349
+NORMAL_INTERQUARTILE_RANGE = 1.349
 _NORMAL_90_PERCENT = 1.282
 
 
@@ -54,7 +54,7 @@ class RunningRange:
 
     def spread(self) -> float:
         """Interquartile range, as the standard deviation of a normal distribution that has it."""
-        return (self._quantile(0.75) - self._quantile(0.25)) / _NORMAL_INTERQUARTILE_RANGE
+        return (self._quantile(0.75) - self._quantile(0.25)) / NORMAL_INTERQUARTILE_RANGE
 
     def upper_spread(self) -> float:
         """The same from median and 90 % quantile: it sees a long tail upwards."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings
 from stability.divergence.remedies import REMEDIES
-from stability.divergence.track import ONSET_SCORE, Track, from_states, origin, states
+from stability.divergence.track import ONSET_SCORE, Tracks, logs, origin
 
 _ALIVE = math.log(10)
 
@@ -69,40 +71,40 @@ class VanishingGradientDetector:
         self._num_steps = num_steps
         self._window = window
         self._min_history = min_history
-        self._tracks: dict[str, Track] = {}
+        self._tracks = Tracks(window)
         self._num_gone: dict[str, int] = {}  # steps in a row, by layer
         self._is_reported = False
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
-        layers: list[str] = []
-        is_any_alive = False
-        for layer, norm in readings.get("grad_norm", {}).items():
-            if layer == ALL_LAYERS or not norm < math.inf:
-                continue
-            layers.append(layer)
-            track = self._tracks.get(layer)
-            if track is None:
-                track = self._tracks[layer] = Track(self._window)
-            score = 0.0
-            if norm == 0:
-                score = math.inf
-            else:
-                log_norm = math.log(norm)
-                if len(track.range) >= self._min_history:
-                    median = track.range.median()
-                    threshold = self._ratio
-                    if median - log_norm >= ONSET_SCORE * threshold:  # as in GradientExplosionDetector
-                        threshold = max(threshold, self._num_spreads * track.range.spread())
-                    score = (median - log_norm) / threshold
-                    log_norm = max(log_norm, median - threshold)
-                    is_any_alive |= median - log_norm < _ALIVE
-                track.range.append(log_norm)
-            track.add(step, norm, score)
-            self._num_gone[layer] = self._num_gone.get(layer, 0) + 1 if score >= 1 else 0
-        gone = [layer for layer in layers if self._num_gone[layer] >= self._num_steps]
-        if not layers:
+        norms = {
+            layer: norm
+            for layer, norm in readings.get("grad_norm", {}).items()
+            if layer != ALL_LAYERS and norm < math.inf
+        }
+        if not norms:
             return []
+        layers = list(norms)
+        rows, values = self._tracks.rows(layers), np.array(list(norms.values()))
+        is_zero = values == 0
+        log_norms = logs([norm or 1.0 for norm in norms.values()])
+        judged = np.flatnonzero(~is_zero & (self._tracks.lengths(rows) >= self._min_history))
+        medians = self._tracks.medians(rows[judged])
+        depths = medians - log_norms[judged]
+        thresholds = np.full(len(judged), self._ratio)
+        far = depths >= ONSET_SCORE * thresholds  # as in GradientExplosionDetector
+        if far.any():
+            spreads = self._tracks.spreads(rows[judged][far])
+            thresholds[far] = np.maximum(thresholds[far], self._num_spreads * spreads)
+        scores = np.where(is_zero, math.inf, 0.0)
+        scores[judged] = depths / thresholds
+        log_norms[judged] = np.maximum(log_norms[judged], medians - thresholds)
+        is_any_alive = bool((medians - log_norms[judged] < _ALIVE).any())
+        self._tracks.append(rows[~is_zero], log_norms[~is_zero])
+        self._tracks.add(step, rows, values, scores)
+        for layer, is_gone in zip(layers, (scores >= 1).tolist(), strict=True):
+            self._num_gone[layer] = self._num_gone.get(layer, 0) + 1 if is_gone else 0
+        gone = [layer for layer in layers if self._num_gone[layer] >= self._num_steps]
         is_fault = bool(gone) and (is_any_alive or self._is_reported)
         begins, self._is_reported = is_fault and not self._is_reported, is_fault
         return [self._alert(step, gone, len(layers))] if begins else []
@@ -110,14 +112,14 @@ class VanishingGradientDetector:
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
         return {
-            "tracks": states(self._tracks),
+            "tracks": self._tracks.state_dict(),
             "num_gone": dict(self._num_gone),
             "is_reported": self._is_reported,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
-        self._tracks = from_states(self._window, state["tracks"])
+        self._tracks = Tracks(self._window, state["tracks"])
         self._num_gone = dict(state["num_gone"])
         self._is_reported = state["is_reported"]
 
@@ -125,7 +127,8 @@ class VanishingGradientDetector:
         layer, spread = origin(self._tracks, gone, ties="last")
         track = self._tracks[layer]
         norm = track.recent[-1][1]
-        reference = math.exp(track.range.median()) if len(track.range) else None
+        row = self._tracks.rows([layer])
+        reference = math.exp(self._tracks.medians(row)[0]) if self._tracks.lengths(row)[0] else None
         if norm == 0:
             what = f"its gradient has been zero since step {track.onset}"
         else:
@@ -141,7 +144,7 @@ class VanishingGradientDetector:
             f"{what}, while other layers still learn; {len(gone)} of {num_layers} layers.",
             kind=kind,
             onset_step=track.onset,
-            evidence=tuple(track.recent),
+            evidence=track.recent,
             spread=spread,
             remedies=REMEDIES[kind],
         )

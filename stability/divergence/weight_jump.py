@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from statistics import median_low
 from typing import Any
+
+import numpy as np
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings
 from stability.divergence.remedies import REMEDIES
-from stability.divergence.running_range import RunningRange
-from stability.divergence.track import Track, from_states, origin, states
+from stability.divergence.track import Tracks, logs, origin
 
 _SHORTEST_HABIT = 5
 _TINY = 1e-12
@@ -89,7 +89,7 @@ class WeightJumpDetector:
         self._window = window
         self._min_history = min_history
         self._min_layers = min_layers
-        self._tracks: dict[str, Track] = {}
+        self._tracks = Tracks(window)
         self._largest_common = 0.0
         self._num_common = 0  # steps that it is the largest of
         self._is_reported = False
@@ -98,44 +98,41 @@ class WeightJumpDetector:
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
         norms = {layer: w for layer, w in readings.get("weight_norm", {}).items() if 0 < w < math.inf}
-        changes = self._changes(step, norms)
-        excesses: dict[str, float] = {}
-        habits: dict[str, float] = {}  # before this step
-        reach: dict[str, tuple[float, float]] = {}  # changes enter the history cut off there
-        for layer, change in changes.items():
-            past = self._tracks[layer].range
-            if len(past) >= _SHORTEST_HABIT:
-                middle = past.median()
-                habit = habits[layer] = _habit(past, middle)
-                excesses[layer] = abs(change - middle) / habit
-                reach[layer] = middle - self._ratio * habit, middle + self._ratio * habit
-        common = median_low(excesses.values()) if len(excesses) >= self._min_layers else 1.0
-        unusual = {layer: excess / max(1.0, common) for layer, excess in excesses.items()}
-        is_alone = sum(excess >= self._ratio for excess in unusual.values()) == 1
-        for layer, norm in norms.items():
-            track = self._tracks[layer]
-            score = 0.0
-            if layer in changes:
-                change = changes[layer]
-                if layer in unusual:
-                    size = abs(change)
-                    excess = unusual[layer] / max(1.0, self._min_history / len(track.range)) ** 2
-                    if excess >= self._ratio and size >= self._min_change:
-                        score = size * excess**2 / self._surprise
-                        if is_alone:
-                            score = max(score, excess / self._max_ratio)
-                    low, high = reach[layer]
-                    change = min(max(change, low), high)
-                track.range.append(change)
-            track.add(step, norm, score)
-        if not excesses:
+        layers = list(norms)
+        rows, values = self._tracks.rows(layers), np.array(list(norms.values()))
+        changes = self._changes(step, rows, values)
+        has_changed = changes != 0
+        lengths = self._tracks.lengths(rows)
+        judged = np.flatnonzero(has_changed & (lengths >= _SHORTEST_HABIT))
+        middles = self._tracks.medians(rows[judged])
+        # Half width of the middle 90 % of the changes, or the size of their median if that is larger.
+        habits = np.maximum(np.maximum(self._tracks.half_widths(rows[judged]), np.abs(middles)), _TINY)
+        unusual = np.abs(changes[judged] - middles) / habits
+        if len(judged) >= self._min_layers:
+            unusual /= max(1.0, _median_low(unusual))
+        sizes = np.abs(changes[judged])
+        excesses = unusual / np.maximum(1.0, self._min_history / lengths[judged]) ** 2
+        surprises = sizes * excesses**2 / self._surprise
+        if np.count_nonzero(unusual >= self._ratio) == 1:  # a layer alone
+            surprises = np.maximum(surprises, excesses / self._max_ratio)
+        scores = np.zeros(len(layers))
+        scores[judged] = np.where((excesses >= self._ratio) & (sizes >= self._min_change), surprises, 0.0)
+        # Changes enter the history cut off.
+        kept, reach = changes.copy(), self._ratio * habits
+        kept[judged] = np.clip(kept[judged], middles - reach, middles + reach)
+        self._tracks.append(rows[has_changed], kept[has_changed])
+        self._tracks.add(step, rows, values, scores)
+        if not judged.size:
             return []
-        return self._common_alerts(step, changes) or self._single_alerts(step, changes, habits, unusual)
+        names = [layers[index] for index in judged]
+        return self._common_alerts(step, np.abs(changes[has_changed])) or self._single_alerts(
+            step, names, sizes, habits, unusual, scores[judged]
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
         return {
-            "tracks": states(self._tracks),
+            "tracks": self._tracks.state_dict(),
             "largest_common": self._largest_common,
             "num_common": self._num_common,
             "is_reported": self._is_reported,
@@ -144,30 +141,24 @@ class WeightJumpDetector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
-        self._tracks = from_states(self._window, state["tracks"])
+        self._tracks = Tracks(self._window, state["tracks"])
         self._largest_common = state["largest_common"]
         self._num_common = state["num_common"]
         self._is_reported = state["is_reported"]
         self._is_common_reported = state["is_common_reported"]
 
-    def _changes(self, step: int, norms: dict[str, float]) -> dict[str, float]:
-        """Each layer's change of its log norm in a step; none where nothing was updated."""
-        changes: dict[str, float] = {}
-        for layer, norm in norms.items():
-            track = self._tracks.get(layer)
-            if track is None:
-                track = self._tracks[layer] = Track(self._window)
-                continue
-            before, value = track.recent[-1]
-            change = math.log(norm / value)
-            if step > before and change:
-                changes[layer] = change / (step - before)
-        return changes
+    def _changes(self, step: int, rows: np.ndarray, norms: np.ndarray) -> np.ndarray:
+        """Each layer's change of its log norm in a step; 0 where nothing was updated, or nothing is known."""
+        steps, before = self._tracks.newest(rows)
+        is_later = (step > steps) & ~np.isnan(before)
+        ratios = np.where(is_later, norms / before, 1.0)
+        growth = logs(ratios.tolist())
+        return growth / np.maximum(step - steps, 1)
 
-    def _common_alerts(self, step: int, changes: dict[str, float]) -> list[Alert]:
-        if len(changes) < self._min_layers:
+    def _common_alerts(self, step: int, sizes: np.ndarray) -> list[Alert]:
+        if len(sizes) < self._min_layers:
             return []
-        common, largest = median_low(map(abs, changes.values())), self._largest_common
+        common, largest = _median_low(sizes), self._largest_common
         self._num_common += 1
         if self._num_common <= self._min_history or common < largest * self._common_ratio:
             self._largest_common = max(common, largest)
@@ -194,17 +185,23 @@ class WeightJumpDetector:
         ]
 
     def _single_alerts(
-        self, step: int, changes: dict[str, float], habits: dict[str, float], unusual: dict[str, float]
+        self,
+        step: int,
+        layers: list[str],
+        sizes: np.ndarray,
+        habits: np.ndarray,
+        unusual: np.ndarray,
+        scores: np.ndarray,
     ) -> list[Alert]:
-        out = [layer for layer in unusual if self._tracks[layer].score >= 1]
+        out = [layer for layer, score in zip(layers, scores.tolist(), strict=True) if score >= 1]
         begins, self._is_reported = bool(out) and not self._is_reported, bool(out)
         if not begins:
             return []
         layer, spread = origin(self._tracks, out, ties="worst")
-        track = self._tracks[layer]
-        change, habit = abs(changes[layer]), habits[layer]
+        track, index = self._tracks[layer], layers.index(layer)
+        change, habit = sizes[index], habits[index]
         before, norm = track.recent[-2][1], track.recent[-1][1]
-        restless = sum(excess >= self._ratio for name, excess in unusual.items() if name != layer)
+        restless = np.count_nonzero(np.delete(unusual, index) >= self._ratio)
         others = len(unusual) - 1
         if restless:
             which = f"; {restless} of {others} other layers leave theirs at the same step"
@@ -222,13 +219,13 @@ class WeightJumpDetector:
                 f"{100 * habit:.1g} % is its habit{which}.",
                 kind="weight-jump",
                 onset_step=track.onset,
-                evidence=tuple(track.recent),
+                evidence=track.recent,
                 spread=spread,
                 remedies=REMEDIES["weight-jump"],
             )
         ]
 
 
-def _habit(changes: RunningRange, median: float) -> float:
-    """Half width of the middle 90 % of the changes, or the size of their median if that is larger."""
-    return max(changes.half_width(), abs(median), _TINY)
+def _median_low(values: np.ndarray) -> float:
+    """Of an even number of values the lower one of the middle two."""
+    return float(np.sort(values)[(len(values) - 1) // 2])

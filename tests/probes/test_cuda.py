@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import probes
 from experiments.cell_transformer import CellTransformer, CellTransformerConfig
@@ -72,3 +72,28 @@ def test_values_on_the_gpu_are_those_on_the_cpu() -> None:
     assert on_cpu.keys() == on_gpu.keys()
     for key, value in on_cpu.items():
         assert on_gpu[key] == pytest.approx(value, rel=2e-3, abs=1e-6), key
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_adams_updates_are_those_on_the_cpu_where_the_gpu_counts_steps(is_mixed: bool) -> None:
+    def records(device: str) -> dict[tuple[int, Series], float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(device)
+        groups = [
+            {"params": model[0].parameters(), "betas": (0.9, 0.99)},
+            {"params": model[1].parameters(), "capturable": device == "cuda" and not is_mixed},
+        ]
+        groups[0]["capturable"] = device == "cuda"
+        optimizer = torch.optim.AdamW(groups, lr=1e-2)
+        x = torch.rand(5, 3, generator=torch.Generator().manual_seed(1)).to(device)
+        with probes.attach(model, optimizer, details_every=1) as probe:
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(x).square().sum().backward()
+                optimizer.step()
+        names = ("update_ratio", "adam_update_rms", "grad_max_abs", "nonfinite_count")
+        return {(r.step, r.series): r.value for r in probe.records if r.quantity in names}
+
+    on_cpu, on_gpu = records("cpu"), records("cuda")
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
+    assert len(on_cpu) == 3 * 4 * 2

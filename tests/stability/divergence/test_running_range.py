@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stability.divergence.running_range import RunningRange
-from stability.divergence.track import Track, innermost, origin
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.integers(1, 20))
@@ -36,27 +35,3 @@ def test_the_newest_value_of_a_straight_line_is_as_far_whatever_the_slope() -> N
     for slope in (0.01, 100.0):
         running = RunningRange(101, [slope * i for i in range(101)])
         assert (slope * 100 - running.median()) / running.spread() == pytest.approx(1.35, rel=0.01)
-
-
-def track(*scores: float) -> Track:
-    result = Track(10)
-    for step, score in enumerate(scores):
-        result.add(step, float(step), score)
-    return result
-
-
-def test_onset_is_where_the_unbroken_run_begins() -> None:
-    assert track(0.6, 0.1, 0.6, 0.9, 1.2).onset == 2
-    assert track(0.6, 0.9, 0.2).onset is None
-
-
-def test_the_origin_is_the_earliest_and_ties_go_as_asked() -> None:
-    tracks = {"a": track(0, 1, 1), "b": track(0, 1, 2), "c": track(0, 0, 9), "d": track(0, 0, 0)}
-    assert origin(tracks, tracks, ties="first") == ("a", ("b", "c"))
-    assert origin(tracks, tracks, ties="last") == ("b", ("a", "c"))
-    assert origin(tracks, tracks, ties="worst") == ("b", ("a", "c"))
-
-
-def test_a_container_is_named_only_where_nothing_in_it_is() -> None:
-    assert innermost(["(root)", "a", "a.b", "ab"]) == ["a.b", "ab"]
-    assert innermost(["(root)"]) == ["(root)"]
