@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.stability-probes-installed
 .PHONY: help install stress-test representations verify-bounds tensorboard tensorboard-demo docs test test-all lint
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 install: $(INSTALLED) ## build the virtual environment
 
@@ -29,12 +29,13 @@ verify-bounds: $(INSTALLED) ## check the attention derivative bounds over every 
 tensorboard: $(INSTALLED) ## open the recorded runs in TensorBoard (RUNS=directory)
 	$(BIN)/python -m tensorboard.main --logdir $(RUNS) $(ARGS)
 
-tensorboard-demo: $(RUNS)/stress-160m ## open the published runs of 160M parameters in TensorBoard
+tensorboard-demo: $(RUNS)/published-160m ## open the published runs of 160M parameters in TensorBoard
 	$(BIN)/python -m tensorboard.main --logdir $< $(ARGS)
 
-$(RUNS)/stress-160m: $(wildcard docs/results/stress-160m/*.zip) | $(INSTALLED)
-	rm -rf $@
-	$(BIN)/python -m experiments.records_to_tensorboard docs/results/stress-160m --out $@
+$(RUNS)/published-160m: $(wildcard docs/results/stress-160m/*.zip) | $(INSTALLED)
+	rm -rf $@ $@.part
+	$(BIN)/python -m experiments.records_to_tensorboard docs/results/stress-160m --out $@.part
+	mv $@.part $@
 
 docs: $(INSTALLED) ## build docs/ as a site, in build/docs
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs $(ARGS)

@@ -42,8 +42,9 @@ _MAX_WAITING_ROWS = 2**19
 
 
 class _Waiting(NamedTuple):
-    """Rows of a call that have been measured and not yet summarised."""
+    """Rows of a call that have been measured and not yet summarised; on what stream of CUDA, if any."""
 
+    stream: torch.cuda.Stream | None
     place: Place
     first_head: int
     statistics: AttentionStatistics
@@ -129,9 +130,11 @@ class AttentionCalls:
         self._select_anew()
 
     def summarize(self) -> None:
-        """Adds what the calls so far have measured to the step's scalars."""
-        waiting = self._take_waiting()
-        if waiting:
+        """Adds what the calls so far have measured to the step's scalars.
+
+        Nothing once a measurement has failed: attention is given up then, that of this step included.
+        """
+        if waiting := self._take_waiting():
             self._guard(ATTENTION, self._add, waiting)
 
     def end_module(self, layer: str) -> None:
@@ -262,9 +265,12 @@ class AttentionCalls:
         first_sample = self._sharding.first_sample(batch)
         first_head = self._sharding.first_head(place.layer, num_heads)
         statistics = seen.statistics(self._row_selection, first_sample)
-        self._waiting.append(_Waiting(place, first_head, statistics))
+        device = statistics.max_logit.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._waiting.append(_Waiting(stream, place, first_head, statistics))
         self._num_waiting_rows += statistics.max_logit.numel()
-        if self._num_waiting_rows >= _MAX_WAITING_ROWS:
+        # By the end of a step a model has joined its streams; before that each may read its own rows alone.
+        if self._num_waiting_rows >= _MAX_WAITING_ROWS and all(w.stream == stream for w in self._waiting):
             self.summarize()
 
     def _take_waiting(self) -> list[_Waiting]:
@@ -273,7 +279,7 @@ class AttentionCalls:
 
     def _add(self, waiting: Sequence[_Waiting]) -> None:
         summaries = summarize_calls([each.statistics for each in waiting])
-        for (place, first_head, statistics), summary in zip(waiting, summaries, strict=True):
+        for (_, place, first_head, statistics), summary in zip(waiting, summaries, strict=True):
             heads = range(first_head, first_head + statistics.max_logit.shape[1])
             self._pending.add_each(_names(place, summary.of_maxima, heads), summary.maxima)
             names = _names(place, summary.of_means, heads)

@@ -51,23 +51,31 @@ class OptimizerState:
             optimizer: Has stepped.
             gradients: By parameter, what is here of its gradient.
         """
+        parameters, self._watched = self._watched, []
+        layers, self._layers = self._layers, ()
         changes, self._weights_before = self._weights_before, ()
-        values, weights = self._sharding.parts_and_weights(self._watched)
-        if changes:
-            torch._foreach_sub_(changes, values)
-        names = series_of_each(self._layers, "_update_norm")
+        if not changes:  # nothing watched, or an optimizer that steps within this one has been measured
+            return
+        values, weights = self._sharding.parts_and_weights(parameters)
+        torch._foreach_sub_(changes, values)
+        names = series_of_each(layers, "_update_norm")
         for indices, norms in tensor_norms_by_device(changes):
             pending.add_some(names, indices, norms, weights)
         del changes  # before the next temporaries of the weights' size
-        pending.ratios += _ratios(self._layers, "update_ratio", "_update_norm", "weight_norm")
-        self._add_adam_update_rms(pending, optimizer, gradients)
+        pending.ratios += _ratios(layers, "update_ratio", "_update_norm", "weight_norm")
+        self._add_adam_update_rms(pending, optimizer, gradients, parameters, layers)
 
     def _add_adam_update_rms(
-        self, pending: Pending, optimizer: Optimizer, gradients: Mapping[Tensor, Tensor]
+        self,
+        pending: Pending,
+        optimizer: Optimizer,
+        gradients: Mapping[Tensor, Tensor],
+        watched: Sequence[Tensor],
+        layers_of_watched: Sequence[str],
     ) -> None:
         group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         parameters, layers, moments, steps, betas, floors = [], [], [], [], [], []
-        for parameter, layer in zip(self._watched, self._layers, strict=True):
+        for parameter, layer in zip(watched, layers_of_watched, strict=True):
             group, state = group_of[id(parameter)], optimizer.state.get(parameter, {})
             if not _has_second_moment(state, group) or parameter.grad is None or parameter.grad.is_sparse:
                 continue
@@ -121,15 +129,19 @@ def _bias_corrections(steps: Sequence[Tensor | float], betas: Sequence[float]) -
     Source: Kingma & Ba 2015, Algorithm 1; g²/v̂ as the signal: Wortsman et al. 2304.13013 §3.
     """
     on_device: dict[tuple[torch.device, float], list[int]] = {}
-    corrections: dict[int, float] = {}
+    corrections: dict[int, float | Tensor] = {}  # tensors where β₂ is one
     for index, (step, beta) in enumerate(zip(steps, betas, strict=True)):
         if isinstance(step, Tensor) and step.device.type != "cpu":
             on_device.setdefault((step.device, beta), []).append(index)
         else:
             corrections[index] = 1 - beta ** float(step)
-    if not on_device:
-        return list(corrections.values())
-    tensors = {index: torch.tensor(correction, device="cpu") for index, correction in corrections.items()}
+    numbers = [correction for correction in corrections.values() if not isinstance(correction, Tensor)]
+    if len(numbers) == len(steps):
+        return numbers
+    tensors = {
+        index: torch.as_tensor(correction, dtype=torch.float32, device="cpu")
+        for index, correction in corrections.items()
+    }
     for (_, beta), indices in on_device.items():
         together = torch.stack([torch.as_tensor(steps[index]) for index in indices]).to(torch.float32)
         tensors.update(zip(indices, (1 - beta**together).unbind(), strict=True))

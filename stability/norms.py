@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from itertools import compress
 
 import torch
@@ -111,7 +112,8 @@ def count_nonfinite(tensors: Sequence[Tensor], largest: Tensor) -> Tensor:
             and where reading it waits for nothing (CPU) it spares the count.
 
     Returns:
-        float64 [number of tensors] (float32 where the device has no float64), on the tensors' device.
+        [number of tensors], on the tensors' device: float64, or float32 on others than the CPU, where counts
+        beyond 2²⁴ are rounded.
 
     Example:
         >>> tensors = [torch.tensor([1.0, math.nan]), torch.ones(3)]
@@ -126,7 +128,9 @@ def count_nonfinite(tensors: Sequence[Tensor], largest: Tensor) -> Tensor:
         return counts
     # x − x is NaN where x is not finite and 0 elsewhere.
     differences = torch._foreach_sub(list(tensors), list(tensors))
-    return torch.stack(torch._foreach_norm(differences, 0, dtype=_widest(largest.device)))
+    # Not in float64: for this norm CUDA would first copy each tensor to it.
+    dtype = reduce(torch.promote_types, {difference.dtype for difference in differences}, torch.float32)
+    return torch.stack(torch._foreach_norm(differences, 0, dtype=dtype))
 
 
 def max_abs(tensor: Tensor) -> Tensor:

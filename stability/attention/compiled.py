@@ -179,7 +179,8 @@ def _attention_call(
         scale=scale,
         enable_gqa=enable_gqa,
         key_lengths=key_lengths,
-        query_lengths=query_lengths,
+        # Compiled code gives a buffer to other values without a new version: an own tensor for each call.
+        query_lengths=None if query_lengths is None else query_lengths.detach(),
         bias=bias_number if bias is None else bias,
         score_bias=score_bias,
     )

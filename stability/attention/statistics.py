@@ -166,7 +166,21 @@ def attention_statistics(
 def call_statistics(
     call: AttentionCall, selection: RowSelection, first_sample: int = 0, *, exact_spectral: bool = False
 ) -> AttentionStatistics:
-    """The same of a call whose rows are selected together with those of others."""
+    """Statistics of a call whose rows are selected together with those of other calls.
+
+    Args:
+        call: Its arguments.
+        selection: Chooses the rows, the same for calls alike.
+        first_sample: Number of sequences that other processes hold before these.
+        exact_spectral: See :func:`attention_statistics`.
+
+    Returns:
+        Statistics of the rows, as :func:`attention_statistics` gives them.
+
+    Raises:
+        TypeError: See :func:`attention_statistics`.
+        ValueError: See :func:`attention_statistics`.
+    """
     terms = logit_terms(call)
     selected = selection.of(call, terms.query_lengths, first_sample)
     quantities = row_quantities(

@@ -63,8 +63,8 @@ class CallSummary(NamedTuple):
     The tensors are flat: of each quantity its value over all heads, then one a head.
 
     Attributes:
-        of_maxima: Names of `maxima`.
-        of_means: Names of `means`, `standard_errors` and `counts`.
+        of_maxima: What `maxima` are of.
+        of_means: What `means`, `standard_errors` and `counts` are of.
         maxima: [maxima · (1 + heads)].
         means: [means · (1 + heads)].
         standard_errors: Likewise; None where all rows were measured.

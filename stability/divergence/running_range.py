@@ -60,10 +60,6 @@ class RunningRange:
         """The same from median and 90 % quantile: it sees a long tail upwards."""
         return (self._quantile(0.9) - self.median()) / _NORMAL_90_PERCENT
 
-    def half_width(self) -> float:
-        """Half of the distance from the 5 % to the 95 % quantile."""
-        return (self._quantile(0.95) - self._quantile(0.05)) / 2
-
     def largest(self) -> float:
         """Largest value."""
         return self._sorted[-1]

@@ -40,7 +40,7 @@ class Tracks:
     """Several series: newest values, ranges of the ordinary ones, and since when they have left those.
 
     A range is that of the last ``window`` ordinary values, on whatever scale the detector judges them; its
-    median, spread and half width are those of ``RunningRange``. Series are addressed by their rows.
+    median and spread are those of ``RunningRange``. Series are addressed by their rows.
 
     Args:
         window: Ordinary values that a range covers.

@@ -151,7 +151,8 @@ class WeightJumpDetector:
         """Each layer's change of its log norm in a step; 0 where nothing was updated, or nothing is known."""
         steps, before = self._tracks.newest(rows)
         is_later = (step > steps) & ~np.isnan(before)
-        ratios = np.where(is_later, norms / before, 1.0)
+        with np.errstate(over="ignore", under="ignore"):
+            ratios = np.where(is_later, norms / before, 1.0)
         growth = logs(ratios.tolist())
         return growth / np.maximum(step - steps, 1)
 

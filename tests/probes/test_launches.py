@@ -17,7 +17,10 @@ from probes.sharding import Sharding
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations; a fused one counts once."""
+    """Counts operations; a fused one counts once, even where CUDA may compute it tensor by tensor.
+
+    It does so for 0-norms and for tensors as divisors.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +74,7 @@ def test_around_the_optimizers_step_their_number_is_the_same_for_every_model(ste
     few = launches_around_a_step(2, steps_on_device=steps_on_device)
     assert launches_around_a_step(100, steps_on_device=steps_on_device) == few
     assert few["gradients"] == few["weights"] == 2
-    assert few["gradients in detail"] <= 7
+    assert few["gradients in detail"] <= 8
     assert few["before"] == 1
     assert few["after"] <= (13 if steps_on_device else 9)
 

@@ -83,6 +83,19 @@ def test_adam_update_rms_is_that_of_the_bias_corrected_second_moment() -> None:
     assert recorded[-1] == pytest.approx(ratios.mean().sqrt().item(), rel=1e-5)
 
 
+def test_betas_may_be_tensors_in_one_group_and_numbers_in_another() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    groups = [
+        {"params": model[0].parameters(), "betas": (torch.tensor(0.9), torch.tensor(0.99))},
+        {"params": model[1].parameters()},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, capturable=False, foreach=False)
+    with probes.attach(model, optimizer, details_every=1) as probe:
+        train(model, lambda: torch.rand(4, 3), optimizer, steps=1)
+    for layer in ("0", "1"):
+        assert values_of(probe, "adam_update_rms", layer) == [pytest.approx(1.0, rel=1e-4)]
+
+
 def test_gradients_at_inplace_layers_are_those_before_the_change() -> None:
     model = inplace_cnn()
     with probes.attach(model) as probe:
@@ -309,6 +322,26 @@ def test_two_optimizers_make_one_step() -> None:
                 optimizer.step()
     assert [r.step for r in probe.records if r.quantity == "grad_norm" and r.layer == "(all)"] == [0, 1]
     assert {r.layer for r in probe.records if r.quantity == "weight_norm"} == {"0", "1"}
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Steps an optimizer within its own step, as those do that average weights or look ahead."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        return self.inner.step(closure)
+
+
+def test_an_optimizer_that_steps_within_another_is_measured_once() -> None:
+    model = nn.Linear(3, 2)
+    inner = torch.optim.AdamW(model.parameters())
+    outer = Wrapper(inner)
+    with probes.attach(model, [outer, inner], details_every=1) as probe:
+        train(model, lambda: torch.rand(4, 3), outer, steps=3)
+    assert len(values_of(probe, "update_ratio", "(root)")) == 3
 
 
 def test_a_closure_is_measured_after_it_ran() -> None:

@@ -28,7 +28,6 @@ def test_its_spreads_are_standard_deviations_of_normal_values() -> None:
     running = RunningRange(len(values), values)
     assert running.spread() == pytest.approx(2.0, rel=0.03)
     assert running.upper_spread() == pytest.approx(2.0, rel=0.03)
-    assert running.half_width() == pytest.approx(1.645 * 2.0, rel=0.03)
 
 
 def test_the_newest_value_of_a_straight_line_is_as_far_whatever_the_slope() -> None:

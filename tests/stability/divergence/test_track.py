@@ -4,6 +4,7 @@ import sys
 from types import FrameType
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,9 +28,16 @@ def test_ranges_side_by_side_are_those_of_each_series_alone(
         assert tracks.lengths(rows).tolist() == [len(series) for series in alone.values()]
         assert tracks.medians(rows).tolist() == [series.median() for series in alone.values()]
         assert tracks.spreads(rows).tolist() == [series.spread() for series in alone.values()]
-        assert tracks.half_widths(rows).tolist() == [series.half_width() for series in alone.values()]
     for layer, state in tracks.state_dict().items():
         assert state["range"] == list(alone[layer].values)
+
+
+def test_half_widths_hold_nine_tenths_of_normal_values() -> None:
+    tracks = Tracks(4_000)
+    rows = tracks.rows(["narrow", "wide"])
+    for value in np.random.default_rng(0).normal(5.0, 1.0, 4_000):
+        tracks.append(rows, np.array([value, 10 * value]))
+    assert tracks.half_widths(rows).tolist() == pytest.approx([1.645, 16.45], rel=0.03)
 
 
 @given(SOME)
@@ -96,7 +104,9 @@ def python_calls_of_a_step(num_layers: int) -> int:
         }
         calls = 0
         sys.setprofile(count)
-        alerts = detector.update(step, readings)
-        sys.setprofile(None)
+        try:
+            alerts = detector.update(step, readings)
+        finally:
+            sys.setprofile(None)
         assert not alerts
     return calls
