@@ -214,8 +214,8 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         "rate-1e-3-again",
         3,
-        "Spikes belong to learning: sigmoid heads that leave saturation make them. Seen in 30 runs after the "
-        "fact, so asked again of new seeds.",
+        "Spikes belong to learning: sigmoid heads of the first layers whose logits grow to thousands make "
+        "them. Seen in 30 runs after the fact, so asked again of new seeds.",
         "Every sigmoid run that ends more than 0.02 nats below the unigram loss has a larger peak than every "
         "one that does not, and the median peak of those that learn is above that of softmax's.",
         {"learning_rate": 1e-3},

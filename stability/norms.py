@@ -89,7 +89,7 @@ def tensor_norm(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def largest_entries(tensors: Sequence[Tensor]) -> Tensor:
-    """:func:`max_abs` of tensors on one device, [number of tensors]; on CUDA by few launches.
+    """:func:`max_abs` of tensors on one device, [number of tensors] in their common dtype; on CUDA fused.
 
     Example:
         >>> largest_entries([torch.tensor([1.0, -3.0]), torch.empty(0)])
@@ -187,11 +187,7 @@ def _unscaled_norm_on_cpu(tensor: Tensor) -> Tensor:
 
 
 def _rescaled_norm(tensor: Tensor) -> Tensor:
-    dtype = _widest(tensor.device)
+    dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
     largest = max_abs(tensor).to(dtype)
     scale = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
     return torch.linalg.vector_norm(tensor.to(dtype) / scale) * scale
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -107,7 +107,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, terms: LogitTerms) -> Ten
     tokens_k = key.shape[2]
     padding = padding_of(query, terms.query_lengths)
     boundaries = _boundaries(terms.query_lengths, batch, tokens_q, query.device)
-    if tokens_q == tokens_k and terms.query_lengths is terms.key_lengths:
+    if terms.query_lengths is terms.key_lengths:
         key_padding, key_boundaries = padding, boundaries
     else:
         key_padding = padding_of(key, terms.key_lengths)

@@ -61,6 +61,13 @@ class RowSelection:
             call: Its arguments as they were given.
             lengths: Its checked `query_lengths`, [batch] int64 on the query's device.
             first_sample: As :func:`select_rows` takes it.
+
+        Returns:
+            Positions, weights and coverage.
+
+        Raises:
+            TypeError: See :func:`select_rows`.
+            ValueError: See :func:`select_rows`.
         """
         batch, _, tokens, _ = call.query.shape
         device = call.query.device

@@ -28,7 +28,8 @@ class LogitTerms:
         is_causal: Whether query i sees the keys j ≤ i only.
         attn_mask: Four axes, each 1 or that of [batch, heads, tokens_q, tokens_k]; boolean or floating point.
         key_lengths: [batch] int64 on the query's device, within 0 … tokens_k.
-        query_lengths: [batch] int64 on the query's device, within 0 … tokens_q.
+        query_lengths: [batch] int64 on the query's device, within 0 … tokens_q; the same tensor as
+            `key_lengths` where one was given for both and there are as many keys as queries.
         bias: Sigmoid's bias, a number or a tensor that broadcasts; 0 for softmax.
         score_bias: [batch or 1, 1, 1, tokens_k].
     """
@@ -84,7 +85,7 @@ def logit_terms(call: AttentionCall) -> LogitTerms:
     tokens_k = call.key.shape[2]
     device = call.query.device
     key_lengths = _lengths("key_lengths", call.key_lengths, batch, tokens_k, device)
-    if call.query_lengths is call.key_lengths and tokens_q == tokens_k:
+    if call.query_lengths is call.key_lengths and tokens_q == tokens_k:  # what follows from them, too, is one
         query_lengths = key_lengths
     else:
         query_lengths = _lengths("query_lengths", call.query_lengths, batch, tokens_q, device)

@@ -19,21 +19,11 @@ from tests.probes.models import (
     SelfAttention,
     inplace_cnn,
     torch_attention,
-    train,
     transformer_encoder,
 )
+from tests.probes.recorded import values_of
 
 pytestmark = pytest.mark.filterwarnings("error::probes.ProbeWarning")
-
-
-def values_of(probe: probes.Probe, quantity: str, layer: str, **fields: object) -> list[float]:
-    def matches(record: Record) -> bool:
-        wanted = {"head": None, "call": 0, **fields}
-        return (record.quantity, record.layer) == (quantity, layer) and all(
-            getattr(record, name) == value for name, value in wanted.items()
-        )
-
-    return [record.value for record in probe.records if matches(record)]
 
 
 def test_a_linear_model_against_derivatives_by_hand() -> None:
@@ -64,36 +54,6 @@ def test_a_linear_model_against_derivatives_by_hand() -> None:
     assert values_of(probe, "grad_norm", "(all)") == [pytest.approx(math.sqrt(5))]
     assert values_of(probe, "loss", "(all)") == [11.0]
     assert not values_of(probe, "adam_update_rms", "1")  # SGD has no second moment
-
-
-def test_adam_update_rms_is_that_of_the_bias_corrected_second_moment() -> None:
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
-    with probes.attach(model, optimizer, details_every=1) as probe:
-        train(model, lambda: torch.rand(4, 3), optimizer, steps=3)
-        model(torch.rand(4, 3)).sum().backward()
-        gradients = [parameter.grad.clone() for parameter in model.parameters()]
-        optimizer.step()
-        moments = [
-            optimizer.state[parameter]["exp_avg_sq"] / (1 - 0.95**4) for parameter in model.parameters()
-        ]
-    ratios = torch.cat([(g**2 / v).flatten() for g, v in zip(gradients, moments, strict=True)])
-    recorded = values_of(probe, "adam_update_rms", "(root)")
-    assert recorded[0] == pytest.approx(1.0, rel=1e-4)  # after one step v̂ = g²
-    assert recorded[-1] == pytest.approx(ratios.mean().sqrt().item(), rel=1e-5)
-
-
-def test_betas_may_be_tensors_in_one_group_and_numbers_in_another() -> None:
-    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
-    groups = [
-        {"params": model[0].parameters(), "betas": (torch.tensor(0.9), torch.tensor(0.99))},
-        {"params": model[1].parameters()},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, capturable=False, foreach=False)
-    with probes.attach(model, optimizer, details_every=1) as probe:
-        train(model, lambda: torch.rand(4, 3), optimizer, steps=1)
-    for layer in ("0", "1"):
-        assert values_of(probe, "adam_update_rms", layer) == [pytest.approx(1.0, rel=1e-4)]
 
 
 def test_gradients_at_inplace_layers_are_those_before_the_change() -> None:
@@ -322,26 +282,6 @@ def test_two_optimizers_make_one_step() -> None:
                 optimizer.step()
     assert [r.step for r in probe.records if r.quantity == "grad_norm" and r.layer == "(all)"] == [0, 1]
     assert {r.layer for r in probe.records if r.quantity == "weight_norm"} == {"0", "1"}
-
-
-class Wrapper(torch.optim.Optimizer):
-    """Steps an optimizer within its own step, as those do that average weights or look ahead."""
-
-    def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self.inner = inner
-        super().__init__(inner.param_groups, {})
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        return self.inner.step(closure)
-
-
-def test_an_optimizer_that_steps_within_another_is_measured_once() -> None:
-    model = nn.Linear(3, 2)
-    inner = torch.optim.AdamW(model.parameters())
-    outer = Wrapper(inner)
-    with probes.attach(model, [outer, inner], details_every=1) as probe:
-        train(model, lambda: torch.rand(4, 3), outer, steps=3)
-    assert len(values_of(probe, "update_ratio", "(root)")) == 3
 
 
 def test_a_closure_is_measured_after_it_ran() -> None:
