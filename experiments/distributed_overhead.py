@@ -15,6 +15,7 @@ The first rank writes `distributed_overhead.json` below --out and prints the tab
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -110,6 +111,7 @@ def time_turn(training: Training, steps: int, device: str, log_dir: Path | None)
 def _time_steps(training: Training, steps: int, device: str, watch: Callable[[torch.Tensor], None]) -> float:
     for _ in range(UNTIMED_STEPS):
         training.step(watch)
+    gc.collect()  # as in `overhead_benchmark.time_turn`
     _wait_for_all(device)
     started = time.perf_counter()
     for _ in range(steps):
