@@ -1,6 +1,7 @@
 """The plan of the representation experiment: sizes, budgets, rates, seeds, and how a rate is chosen.
 
-Fixed before any result; docs/representations.md says why. Both mechanisms have the same runs.
+Fixed before the runs that count; docs/representations.md says why, and what a pilot changed. Both mechanisms
+have the same runs.
 """
 
 from __future__ import annotations
@@ -46,13 +47,17 @@ class Scale:
         rates: Learning rates that may be tried, rising.
         first_rates: Those that are tried in any case; the others where the best of these is at an edge.
         selection_seeds: Runs that try a rate.
-        settings: Fields of `RepresentationConfig`.
+        settings: Fields of `RepresentationConfig`; "steps" ends a run that tries a rate at the latest.
+        final_steps: Where a final run does.
+        first_seed: Of the final runs.
     """
 
     rates: tuple[float, ...]
     first_rates: tuple[float, ...]
     selection_seeds: int
     settings: dict[str, Any]
+    final_steps: int
+    first_seed: int = 0
 
 
 _COMMON: dict[str, Any] = {"task": "ranks", "preset": "laptop", "clip_norm": 1.0}
@@ -70,6 +75,8 @@ SCALES = {
             "batch_size": 4,
             "steps": 1500,
         },
+        final_steps=6000,
+        first_seed=10,  # 0 to 9 are the pilot's
     ),
     "laptop": Scale(
         rates=(1e-3, 3e-3),
@@ -84,6 +91,7 @@ SCALES = {
             "warmup_steps": 20,
             "validate_every": 25,
         },
+        final_steps=200,
     ),
     "tiny": Scale(
         rates=(1e-3, 1e-2),
@@ -99,6 +107,7 @@ SCALES = {
             "validate_every": 5,
             "patience": 2,
         },
+        final_steps=20,
     ),
 }
 
@@ -131,7 +140,10 @@ def run_config(
         >>> run_config("tiny", "gut", "sigmoid", "selection", seed=1000, learning_rate=1e-3).name
         'tiny-gut-sigmoid-rate0.001-seed1000'
     """
+    settings = SCALES[scale].settings
     tried = f"rate{learning_rate:g}-" if purpose == "selection" else ""
+    if purpose == "final":
+        settings = {**settings, "steps": SCALES[scale].final_steps}
     return RepresentationConfig(
         name=f"{scale}-{dataset}-{mechanism}-{tried}seed{seed}",
         mechanism=mechanism,
@@ -140,7 +152,7 @@ def run_config(
         purpose=purpose,
         seed=seed,
         learning_rate=learning_rate,
-        **SCALES[scale].settings,
+        **settings,
     )
 
 

@@ -59,7 +59,8 @@ class Plan:
         for dataset in self.digests:
             runs, chosen[dataset] = self._selection(dataset, loss_of)
             yield from runs
-        for seed in range(self.num_seeds):
+        first = SCALES[self.scale].first_seed
+        for seed in range(first, first + self.num_seeds):
             for dataset, mechanism in pairs(list(self.digests)):
                 if (rate := chosen[dataset].get(mechanism)) is not None:
                     yield run_config(

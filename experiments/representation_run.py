@@ -35,13 +35,13 @@ from experiments.long_run import RunPaths, sigterm_stops
 from experiments.prepare_representations import DEFAULT_OUT
 from experiments.provenance import provenance
 from experiments.representation_data import PreparedCells, read_prepared
-from experiments.representation_plan import SCALES, RepresentationConfig, run_config
+from experiments.representation_plan import NUM_SEEDS, SCALES, RepresentationConfig, run_config
 from experiments.representation_training import PatientTraining, training_of
 from experiments.run_records import Arrays, write_run
 from probes.record import ALL_LAYERS, Series
 
 DEFAULT_WORK = Path("runs/representations")
-UNTRAINED_SEEDS = 3  # of so many the untrained embeddings are kept, too: they fill half a file
+UNTRAINED_SEEDS = 3  # of so many of the seeds the untrained embeddings are kept, too: they fill half a file
 
 
 def train_piece(
@@ -75,7 +75,7 @@ def train_piece(
     is_final = config.purpose == "final"
     arrays: Arrays = {}
     with training_of(config, pool, device) as training, sigterm_stops(training):
-        if is_final and config.seed < UNTRAINED_SEEDS:
+        if is_final and config.seed % NUM_SEEDS < UNTRAINED_SEEDS:
             arrays |= _embeddings(training, judged, "untrained")
         if paths.checkpoint.exists():
             training.load(paths.checkpoint)

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from experiments.representation_plan import SCALES, further_rates, run_config, selection_runs
+from experiments.representation_plan import NUM_SEEDS, SCALES, further_rates, run_config, selection_runs
 from experiments.representation_progress import Plan, Progress
 from experiments.run_records import RecordTable, write_run
 
@@ -39,7 +39,8 @@ def test_every_mechanism_tries_the_same_rates_with_the_same_seeds():
         assert [replace(run, mechanism="softmax", name="") for run in sigmoid] == [
             replace(run, name="") for run in softmax
         ]
-        assert not {run.seed for run in softmax} & set(range(10))
+        first = settings.first_seed
+        assert not {run.seed for run in softmax} & set(range(first, first + NUM_SEEDS))
     assert SCALES["full"].selection_seeds == 3
 
 
@@ -48,6 +49,12 @@ def test_a_best_rate_inside_ends_the_trials():
     assert {rate for _, rate in tried} == {3e-4, 1e-3, 3e-3}
     assert chosen == {"softmax": 1e-3, "sigmoid": 1e-3}
     assert PLAN.size(losses({"softmax": 1e-3, "sigmoid": 1e-3})) == 2 * 3 * 3 + 2 * 2
+
+
+def test_final_runs_go_on_where_trials_end_with_seeds_that_no_pilot_had():
+    runs = list(PLAN.known(losses({"softmax": 1e-3, "sigmoid": 1e-3})))
+    assert {(run.purpose, run.steps) for run in runs} == {("selection", 1500), ("final", 6000)}
+    assert {run.seed for run in runs if run.purpose == "final"} == {10, 11}
 
 
 def test_a_best_rate_at_an_edge_makes_both_mechanisms_try_the_next():
