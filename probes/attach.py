@@ -196,7 +196,9 @@ def attach(
         has_ranks=ranks is not None,
         is_attention_required=bool(attention_every),
         same_step=same_step,
-        snapshots=Snapshots(model, optimizers[0], snapshot_every) if action.restores else None,
+        snapshots=(
+            Snapshots(model, optimizers[0], snapshot_every, delivery.detection) if action.restores else None
+        ),
     )
     _open_probes[model] = probe
     probe.on_close(lambda: _open_probes.pop(model, None))

@@ -1,4 +1,4 @@
-"""The detectors of one probe, and a step that they are made to forget."""
+"""The detectors of one probe, and steps that they are made to forget."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 from probes.failures import call_or_drop
 from stability.divergence import Alert, Detector, Readings
+
+# What each detector remembers; None of one that could not say.
+Memory = list[tuple[Detector, dict[str, Any] | None]]
 
 # Their state is large, so it is not saved at every step: steps since then are judged again, which is exact.
 SAVE_EVERY = 16
@@ -24,27 +27,33 @@ class Detection:
     def __init__(self, detectors: Sequence[Detector], *, can_forget: bool) -> None:
         self._detectors = list(detectors)
         self._can_forget = can_forget
-        self._saved: list[tuple[Detector, dict[str, Any] | None]] = []
+        self._saved: Memory = []
         self._since: list[tuple[int, Readings]] = []
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """The alerts of a step."""
         if self._can_forget:
             if not self._saved or len(self._since) == SAVE_EVERY:
-                detectors = list(self._detectors)
-                self._saved = [(d, call_or_drop(self._detectors, d, d.state_dict)) for d in detectors]
-                self._since = []
+                self._saved, self._since = self.memory(), []
             self._since.append((step, readings))
         return self._judge(step, readings)
 
     def forget(self) -> None:
         """Takes the last step back: later verdicts are as if it had never been."""
         self._since.pop()
-        for detector, state in self._saved:
-            if detector in self._detectors:
-                call_or_drop(self._detectors, detector, detector.load_state_dict, copy.deepcopy(state))
+        self._recall(self._saved)
         for step, readings in self._since:
             self._judge(step, readings)  # these verdicts were given already
+
+    def memory(self) -> Memory:
+        """What the detectors remember now, for `go_back`."""
+        detectors = list(self._detectors)
+        return [(d, call_or_drop(self._detectors, d, d.state_dict)) for d in detectors]
+
+    def go_back(self, memory: Memory) -> None:
+        """Takes back every step since: later verdicts are as if they had never been."""
+        self._recall(memory)
+        self._saved = []
 
     def state_dict(self) -> list[tuple[str, dict[str, Any]]]:
         """Name and state of every detector."""
@@ -65,6 +74,11 @@ class Detection:
         for detector, (_, detector_state) in zip(self._detectors, state, strict=True):
             detector.load_state_dict(detector_state)
         self._saved = []
+
+    def _recall(self, memory: Memory) -> None:
+        for detector, state in memory:
+            if detector in self._detectors:
+                call_or_drop(self._detectors, detector, detector.load_state_dict, copy.deepcopy(state))
 
     def _judge(self, step: int, readings: Readings) -> list[Alert]:
         alerts: list[Alert] = []

@@ -1,4 +1,4 @@
-"""Copies of weights and optimizer state in memory, to go back to."""
+"""Copies of weights, optimizer state and what the detectors remember, to go back to."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from probes.detection import Detection, Memory
+
 
 class _Snapshot(NamedTuple):
     step: int
     tensors: list[Tensor]
     state: dict[Tensor, dict[str, Any]]
+    memory: Memory
 
 
 class Snapshots:
@@ -22,16 +25,21 @@ class Snapshots:
     Two, because a fault may have begun before the newest was taken. With AdamW in one precision that is six
     times the size of the parameters. Copies are made on the device's own stream; nothing waits.
 
+    The detectors go back with the weights: held against the steps in between, those of an earlier step would
+    be a fault.
+
     Args:
         model: Its parameters and buffers are kept.
         optimizer: Its parameters and state are kept; not its learning rates, which belong to the schedule.
         every: Steps between snapshots.
+        detection: The detectors.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, every: int) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, every: int, detection: Detection) -> None:
         self._model = model
         self._optimizer = optimizer
         self._every = every
+        self._detection = detection
         self._kept: deque[_Snapshot] = deque(maxlen=2)
 
     @torch.no_grad()
@@ -46,7 +54,7 @@ class Snapshots:
             parameter: {name: _copied(value) for name, value in entries.items()}
             for parameter, entries in self._optimizer.state.items()
         }
-        self._kept.append(_Snapshot(step, tensors, state))
+        self._kept.append(_Snapshot(step, tensors, state, self._detection.memory()))
 
     @torch.no_grad()
     def restore(self, onset_step: int) -> int | None:
@@ -76,6 +84,7 @@ class Snapshots:
                     entries[name].copy_(value)
                 else:
                     entries[name] = _copied(value)
+        self._detection.go_back(snapshot.memory)
         return snapshot.step
 
     def _tensors(self) -> list[Tensor]:

@@ -177,7 +177,7 @@ class WeightJumpDetector:
                 common,
                 largest,
                 "the weights of more than half of the layers change by at least "
-                f"{100 * common:.2g} % in a step, {common / largest:.3g} × the most so far: "
+                f"{_in_words(common)} in a step, {common / largest:.3g} × the most so far: "
                 "look at the learning rate.",
                 kind="weight-jump",
                 onset_step=step,
@@ -200,8 +200,8 @@ class WeightJumpDetector:
             return []
         layer, spread = origin(self._tracks, out, ties="worst")
         track, index = self._tracks[layer], layers.index(layer)
-        change, habit = sizes[index], habits[index]
         before, norm = track.recent[-2][1], track.recent[-1][1]
+        change = math.copysign(sizes[index], norm - before)
         restless = np.count_nonzero(np.delete(unusual, index) >= self._ratio)
         others = len(unusual) - 1
         if restless:
@@ -216,8 +216,8 @@ class WeightJumpDetector:
                 "warning",
                 norm,
                 before,
-                f"weight norm went from {before:.3g} to {norm:.3g}: {100 * change:.2g} % in a step, where "
-                f"{100 * habit:.1g} % is its habit{which}.",
+                f"weight norm went from {before:.3g} to {norm:.3g}: {_in_words(change)} in a step, where "
+                f"{_in_words(habits[index], digits=1)} is its habit{which}.",
                 kind="weight-jump",
                 onset_step=track.onset,
                 evidence=track.recent,
@@ -225,6 +225,13 @@ class WeightJumpDetector:
                 remedies=REMEDIES["weight-jump"],
             )
         ]
+
+
+def _in_words(change: float, digits: int = 2) -> str:
+    """A change of a logarithm in percent; from twice and half on, as a factor."""
+    if abs(change) < math.log(2):
+        return f"{100 * math.expm1(change):.{digits}g} %"
+    return f"× {math.exp(min(change, 700.0)):.{digits}g}"
 
 
 def _median_low(values: np.ndarray) -> float:

@@ -196,6 +196,24 @@ def test_restore_leaves_out_a_snapshot_that_is_younger_than_the_fault() -> None:
     assert_equal(training.weights[2], training.weights[-1])
 
 
+def test_going_back_is_no_fault() -> None:
+    """Weights that come back from a hundred updates away have not jumped, nor has the loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with (
+        pytest.warns(probes.DivergenceWarning),
+        probes.attach(model, optimizer, same_step=True, on_divergence="restore") as probe,
+    ):
+        for step in range(80):
+            optimizer.zero_grad()
+            loss = model(torch.randn(4, 8) * (math.nan if step in (63, 64) else 1.0)).square().mean()
+            probe.log(loss=loss)
+            loss.backward()
+            optimizer.step()
+    assert [(alert.step, alert.kind) for alert in probe.alerts] == [(63, "non-finite"), (64, "non-finite")]
+
+
 def test_restore_before_any_state_was_there() -> None:
     training = Training(same_step=True, on_divergence="restore", snapshot_every=100)
     with pytest.warns(probes.DivergenceWarning):

@@ -41,6 +41,23 @@ def test_the_sentence_tells_the_habit_before_the_jump() -> None:
     assert "where 0.1 % is its habit" in alert.reason
 
 
+@pytest.mark.parametrize(
+    ("norm", "words"),
+    [
+        (13.0, "10 to 13: 30 %"),
+        (9.0, "10 to 9: -10 %"),
+        (400.0, "10 to 400: × 40"),
+        (0.2, "10 to 0.2: × 0.02"),
+    ],
+)
+def test_changes_are_told_in_percent_or_as_a_factor(norm: float, words: str) -> None:
+    detector = WeightJumpDetector()
+    for step in range(60):
+        assert not detector.update(step, {"weight_norm": {"a": 10 + 1e-6 * step, "b": 5 + 1e-6 * step}})
+    (alert,) = detector.update(60, {"weight_norm": {"a": norm, "b": 5 + 6e-5}})
+    assert f"weight norm went from {words} in a step" in alert.reason
+
+
 def test_a_small_change_is_told_where_the_layer_never_made_one() -> None:
     def series(change: float) -> Iterator[tuple[int, Step]]:
         for step in range(120):
