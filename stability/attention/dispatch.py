@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from stability.attention.capability import compute_capability
 from stability.attention.validation import LogitTerms
 
 Implementation = Literal["auto", "hopper", "triton", "reference"]
@@ -167,7 +168,7 @@ def why_not_hopper(
     Returns:
         The first reason, as the part of a sentence.
     """
-    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
+    capability = compute_capability(query.device) if query.is_cuda else None
     if capability != (9, 0):
         found = "no CUDA device" if capability is None else "{}.{}".format(*capability)
         return f"it needs compute capability 9.0 (Hopper), not {found}"

@@ -19,7 +19,9 @@ def empty_like_tokens(tensor: Tensor, dim: int, *, is_zeroed: bool = False) -> T
         The tensor.
     """
     batch, heads, tokens, _ = tensor.shape
-    make = tensor.new_zeros if is_zeroed else tensor.new_empty
-    if tensor.stride(1) < tensor.stride(2):
-        return make((batch, tokens, heads, dim)).transpose(1, 2)
-    return make((batch, heads, tokens, dim))
+    is_tokens_first = tensor.stride(1) < tensor.stride(2)
+    head_stride, token_stride = (dim, heads * dim) if is_tokens_first else (tokens * dim, dim)
+    dense = tensor.new_empty_strided(
+        (batch, heads, tokens, dim), (heads * tokens * dim, head_stride, token_stride, 1)
+    )
+    return dense.zero_() if is_zeroed else dense

@@ -39,8 +39,12 @@ class Operands(NamedTuple):
     @property
     def logit_arguments(self) -> dict[str, Tensor | None]:
         """What decides the logits beside query, key and scale, by the names every implementation takes."""
-        names = ("bias", "score_bias", "key_lengths", "query_lengths")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "bias": self.bias,
+            "score_bias": self.score_bias,
+            "key_lengths": self.key_lengths,
+            "query_lengths": self.query_lengths,
+        }
 
 
 def make_operands(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stability.attention.call import AttentionCall, Mechanism
 
+_MECHANISMS = get_args(Mechanism)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -72,7 +73,7 @@ def logit_terms(call: AttentionCall) -> LogitTerms:
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, value or device.
     """
-    if call.mechanism not in get_args(Mechanism):
+    if call.mechanism not in _MECHANISMS:
         raise ValueError(f'`mechanism` must be "softmax" or "sigmoid"; got {call.mechanism!r}.')
     _check_query_and_key(call.query, call.key, call.enable_gqa)
     if call.mechanism == "softmax":

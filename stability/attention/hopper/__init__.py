@@ -16,5 +16,7 @@ __all__ = ["backward", "can_run", "forward", "why_only_by_name"]
 
 def __getattr__(name: str) -> Any:
     if name in ("backward", "forward"):
-        return getattr(import_module(f"{__name__}.sigmoid_{name}"), name)
+        function = getattr(import_module(f"{__name__}.sigmoid_{name}"), name)
+        globals()[name] = function  # Python asks once
+        return function
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -237,7 +237,7 @@ def _consume(
 @gluon.jit(do_not_specialize=[
     "bias_stride_b", "bias_stride_h", "score_bias_stride_b", "tokens_held", "tokens_streamed", "heads",
     "held_group", "streamed_group",
-])  # fmt: skip
+], do_not_specialize_on_alignment=["bias", "score_bias"])  # fmt: skip
 def sigmoid_backward(
     held_points, held_values, streamed_points, streamed_values, grad_query, grad_points, grad_values,
     bias, score_bias, row_sums, held_lengths, streamed_lengths, scale,

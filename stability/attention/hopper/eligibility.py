@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 
 import torch
+
+from stability.attention.capability import compute_capability
 
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -31,13 +33,20 @@ def why_only_by_name() -> str | None:
 
 def layout_problem(name: str, tensor: torch.Tensor) -> str | None:
     """Why TMA cannot read this, or None. Rows have to be contiguous and to start on 16-byte boundaries."""
-    strides = tensor.stride()
+    is_aligned = tensor.data_ptr() % 16 == 0
+    return _layout_problem(name, tensor.shape, tensor.stride(), tensor.element_size(), is_aligned)
+
+
+@lru_cache(maxsize=1024)  # a model's calls are alike
+def _layout_problem(
+    name: str, shape: tuple[int, ...], strides: tuple[int, ...], element_size: int, is_aligned: bool
+) -> str | None:
     if strides[3] != 1:
         return f"{name}'s last axis is not contiguous (stride {strides[3]})"
-    outer = [stride for size, stride in zip(tensor.shape[:3], strides[:3], strict=True) if size > 1]
+    outer = [stride for size, stride in zip(shape[:3], strides[:3], strict=True) if size > 1]
     if 0 in outer:
         return f"{name} is expanded (strides {strides})"
-    if tensor.data_ptr() % 16 or any(stride * tensor.element_size() % 16 for stride in outer):
+    if not is_aligned or any(stride * element_size % 16 for stride in outer):
         return f"{name}'s rows do not start on 16-byte boundaries (strides {strides})"
     return None
 
@@ -61,7 +70,7 @@ def can_run(
     """
     if query.device.type != "cuda":
         return f"the tensors are on {query.device.type}, not on a CUDA device"
-    capability = torch.cuda.get_device_capability(query.device)
+    capability = compute_capability(query.device)
     if capability != (9, 0):
         return f"the device's compute capability is {capability[0]}.{capability[1]}, not 9.0"
     installed = installed_triton()

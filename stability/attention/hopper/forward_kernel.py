@@ -271,7 +271,7 @@ def _consume(
 @gluon.jit(do_not_specialize=[
     "bias_stride_b", "bias_stride_h", "score_bias_stride_b",
     "tokens_k", "heads", "group", "blocks_q", "tiles",
-])  # fmt: skip
+], do_not_specialize_on_alignment=["bias", "score_bias"])  # fmt: skip
 def sigmoid_forward(
     query, key, value, output, bias, score_bias, key_lengths, query_lengths, counter,
     bias_stride_b, bias_stride_h, score_bias_stride_b, scale, tokens_k, heads, group, blocks_q, tiles,

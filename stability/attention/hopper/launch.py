@@ -8,10 +8,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-
-@lru_cache
-def _layout(bits: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=4)
+Geometry = tuple[list[int], list[int], list[int], gl.NVMMASharedLayout]
 
 
 def descriptor(tensor: torch.Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
@@ -19,12 +16,19 @@ def descriptor(tensor: torch.Tensor, rows: int, columns: int | None = None) -> T
 
     Rows past the last token read as zeros and are not written.
     """
-    block = [1, 1, rows, columns or tensor.shape[3]]
-    layout = _layout(tensor.element_size() * 8)
-    shape = list(tensor.shape)
+    geometry = _geometry(tensor.shape, tensor.stride(), tensor.element_size(), rows, columns)
+    return TensorDescriptor(tensor, *geometry)
+
+
+@lru_cache(maxsize=1024)  # a step makes eleven for each layer, and layers are alike
+def _geometry(
+    shape: tuple[int, ...], strides: tuple[int, ...], element_size: int, rows: int, columns: int | None
+) -> Geometry:
+    """Shape, strides, block shape and shared layout of a descriptor."""
     # The stride of an axis of size 1 may be anything, and TMA wants multiples of 16 bytes.
-    strides = [stride if size > 1 else shape[3] for size, stride in zip(shape, tensor.stride(), strict=True)]
-    return TensorDescriptor(tensor, shape, strides, block, layout)
+    read = [stride if size > 1 else shape[3] for size, stride in zip(shape, strides, strict=True)]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * element_size, rank=4)
+    return list(shape), read, [1, 1, rows, columns or shape[3]], layout
 
 
 @lru_cache

@@ -3,7 +3,7 @@
     PYTHONPATH=<folder of a triton>:<repository> python -m tests.stability.attention.hopper.ahead_of_time
 
 prints one line of JSON for each kernel of each call: registers, spills in loops, shared memory, atomics, and
-operands that a loop overwrites.
+operands that a loop overwrites, and whether the same call of other sizes compiles anything.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from triton.runtime import driver
 from stability.attention.hopper import sigmoid_backward, sigmoid_forward
 from stability.attention.hopper.blocks import forward_blocks
 from stability.attention.hopper.eligibility import installed_triton
+
+Sizes = tuple[int, int, int]  # batch, tokens, heads
+OTHER_SIZES: Sizes = (1, 77, 3)
 
 # What a call may ask for beyond the plain one.
 CALLS: dict[str, dict[str, Any]] = {
@@ -66,17 +69,23 @@ class Absent:
         return GPUTarget("cuda", 90, 32)
 
 
-def compile_call(head_dim: int, name: str, is_deterministic: bool | None) -> list[tuple[bytes, int]]:
-    """Binaries and shared memory of a forward (``is_deterministic`` None) or a backward."""
+def compile_call(
+    head_dim: int, name: str, is_deterministic: bool | None, sizes: Sizes = (2, 512, 2), row: int = 0
+) -> list[tuple[bytes, int]]:
+    """Binaries and shared memory of a forward (``is_deterministic`` None) or a backward, if it compiles.
+
+    The biases are the ``row`` of a table, so that those of a row beyond the first may start anywhere.
+    """
+    batch, tokens, heads = sizes
     options = dict(CALLS[name])
     dtype = options.pop("dtype", torch.bfloat16)
-    lengths = torch.tensor([500, 77]) if options.pop("lengths", False) else None
+    lengths = torch.full((batch,), tokens - 12) if options.pop("lengths", False) else None
     sums = options.pop("sums", False)
-    query = torch.zeros(2, 512, 2, head_dim, dtype=dtype).transpose(1, 2)
+    query = torch.zeros(batch, tokens, heads, head_dim, dtype=dtype).transpose(1, 2)
     arguments = {
-        "scale": 0.1, "bias": torch.zeros(2, 2), "is_causal": False,
+        "scale": 0.1, "bias": torch.zeros(2, batch, heads)[row], "is_causal": False,
         "key_lengths": lengths, "query_lengths": lengths,
-        "score_bias": torch.zeros(1, 512) if options.pop("score_bias", False) else None, **options,
+        "score_bias": torch.zeros(2, 1, tokens)[row] if options.pop("score_bias", False) else None, **options,
     }  # fmt: skip
     Absent.kept.clear()
     if is_deterministic is None:
@@ -148,11 +157,13 @@ def main() -> None:
     for head_dim in (64, 128):
         for name in CALLS:
             for is_deterministic in (None, False, True):
-                for cubin, shared in compile_call(head_dim, name, is_deterministic):
+                compiled = compile_call(head_dim, name, is_deterministic)
+                more = compile_call(head_dim, name, is_deterministic, OTHER_SIZES, row=1)
+                for cubin, shared in compiled:
                     direction = "forward" if is_deterministic is None else "backward"
                     label = f"{direction}{', deterministic' * bool(is_deterministic)}, {name}, {head_dim}"
                     handed_on = num_handed_on(head_dim, name) if is_deterministic is None else 0
-                    measured = {"shared": shared, **measure(cubin), "handed_on": handed_on}
+                    measured = {"shared": shared, **measure(cubin), "handed_on": handed_on, "more": len(more)}
                     print(json.dumps({"kernel": label, "triton": installed_triton(), **measured}), flush=True)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from stability.attention import dispatch
 from stability.attention.hopper import eligibility
 from stability.attention.operands import Operands
 from stability.attention.operator import choose_kernel
@@ -41,10 +42,18 @@ def test_layouts_that_tma_does_not_read(tensor: torch.Tensor, reason: str) -> No
     assert str(eligibility.layout_problem("query", tensor)).startswith(reason)
 
 
+def test_of_tensors_that_differ_in_their_place_only_each_is_looked_at() -> None:
+    buffer = make(2 * 10 * 64 + 8)
+    views = [buffer[start : start + 2 * 10 * 64].view(1, 2, 10, 64) for start in (0, 1, 8)]
+    problems = [eligibility.layout_problem("query", view) for view in views]
+    assert [problem is None for problem in problems] == [True, False, True]
+
+
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine that has all that is needed, as far as the rule can see."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    for module in (dispatch, eligibility):
+        monkeypatch.setattr(module, "compute_capability", lambda device: (9, 0))
     monkeypatch.setattr(eligibility, "installed_triton", lambda: "3.6")
     monkeypatch.setattr(eligibility, "layout_problem", lambda name, tensor: None)
     return monkeypatch
@@ -79,7 +88,7 @@ def test_other_machines(hopper: Any) -> None:
     assert eligibility.can_run(cpu, cpu, cpu) == "the tensors are on cpu, not on a CUDA device"
     hopper.setattr(eligibility, "installed_triton", lambda: "3.5")
     assert ask() == "its Gluon kernels are written for triton 3.6, 3.7, 3.8, 3.9, not 3.5"
-    hopper.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    hopper.setattr(eligibility, "compute_capability", lambda device: (8, 0))
     assert ask() == "the device's compute capability is 8.0, not 9.0"
 
 
