@@ -105,7 +105,7 @@ class QuantityRangeDetector:
         begins = not self._is_reported and bool(out)
         self._is_reported |= begins
         self._is_reported &= not self._tracks.are_ordinary(rows[judged])
-        return [self._alert(step, out)] if begins else []
+        return [self._alert(step, out, len(judged))] if begins else []
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
@@ -116,10 +116,13 @@ class QuantityRangeDetector:
         self._tracks = Tracks(self._window, state["tracks"])
         self._is_reported = state["is_reported"]
 
-    def _alert(self, step: int, medians: Mapping[str, float]) -> Alert:
+    def _alert(self, step: int, medians: Mapping[str, float], num_judged: int) -> Alert:
         layer, spread = origin(self._tracks, medians, ties="first")
         track = self._tracks[layer]
         value, reference = track.recent[-1][1], math.exp(self._sign * medians[layer])
+        others = ""
+        if len(medians) > 1:
+            others = f"; {len(medians) - 1} of {num_judged - 1} other layers are beyond theirs as well"
         return Alert(
             step,
             layer,
@@ -128,7 +131,7 @@ class QuantityRangeDetector:
             value,
             reference,
             f"{self._meaning}: {self._quantity} {value:.3g}, where {reference:.3g} is its median "
-            f"(limit {self._limit:g}).",
+            f"(limit {self._limit:g}){others}.",
             kind=self._kind,
             onset_step=track.onset,
             evidence=track.recent,

@@ -53,6 +53,15 @@ def test_each_family_is_quiet_on_healthy_runs(
         assert not verdicts(make(), enumerate(healthy(600, seed)))
 
 
+def test_the_sentence_says_how_many_layers_do_the_same() -> None:
+    detector = update_ratio_detector()
+    for step in range(3):
+        assert not detector.update(step, {"update_ratio": {"a": 1e-3, "b": 1e-3, "c": 1e-3}})
+    (alert,) = detector.update(3, {"update_ratio": {"a": 0.8, "b": 0.9, "c": 1e-3}})
+    assert alert.reason.endswith("(limit 0.3); 1 of 2 other layers are beyond theirs as well.")
+    assert alert.spread == ("b",)
+
+
 def small(value: float) -> dict[str, dict[str, float]]:
     return {"attention/entropy": {"a": value}}
 
