@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from probes.failures import call_or_drop
-from stability.divergence import Alert, Detector, Readings
+from stability.divergence import Alert, Detector, Episode, EpisodeDetector, Readings
 
 # Their state is large, so it is not saved at every step: steps since then are judged again, which is exact.
 SAVE_EVERY = 16
@@ -45,6 +45,11 @@ class Detection:
                 call_or_drop(self._detectors, detector, detector.load_state_dict, copy.deepcopy(state))
         for step, readings in self._since:
             self._judge(step, readings)  # these verdicts were given already
+
+    def episodes(self) -> list[Episode]:
+        """The newest episode of every detector that has them."""
+        merging = (detector for detector in self._detectors if isinstance(detector, EpisodeDetector))
+        return [detector.episode for detector in merging if detector.episode is not None]
 
     def state_dict(self) -> list[tuple[str, dict[str, Any]]]:
         """Name and state of every detector."""
