@@ -55,6 +55,32 @@ def test_a_loss_that_breaks_with_every_gradient_shows_the_loss_as_evidence() -> 
     assert alert.evidence == ((0, 2.0), (1, math.inf))
 
 
+@pytest.mark.parametrize("first", [{"loss": {"(all)": NAN}}, {"attention/max_logit": {"b": NAN}}, {}])
+def test_a_layer_that_nothing_tells_apart_is_called_a_guess(first: dict) -> None:
+    gradients = {"grad_norm": {"(all)": NAN, "a": NAN, "b": NAN}}
+    (alert,) = NonFiniteDetector().update(3, {**first, **gradients})
+    assert alert.layer == "a"
+    assert alert.reason.endswith("Outputs were not measured at this step, so the layer is a guess.")
+    assert "measure outputs at every step (activations_every=1)" in alert.remedies[0]
+
+
+@pytest.mark.parametrize(
+    "readings",
+    [
+        {"loss": {"(all)": NAN}, "grad_norm": {"a": NAN, "b": NAN}, "activation_rms": {"a": 1.0, "b": 1.0}},
+        {"grad_norm": {"a": NAN, "b": NAN}, "activation_rms": {"a": 1.0, "b": NAN}},
+        {"loss": {"(all)": NAN}, "grad_norm": {"a": 1.0, "b": NAN}},
+        {"weight_norm": {"a": 1.0, "b": NAN}, "grad_norm": {"a": NAN, "b": NAN}},
+        {"attention/max_logit": {"a": 1.0, "b": NAN}, "grad_norm": {"a": NAN, "b": NAN}},
+        {"grad_norm": {"a": NAN}},
+    ],
+)
+def test_a_layer_that_something_tells_is_no_guess(readings: dict) -> None:
+    (alert,) = NonFiniteDetector().update(3, readings)
+    assert "guess" not in alert.reason
+    assert "activations_every" not in alert.remedies[0]
+
+
 def test_an_episode_alerts_once() -> None:
     detector = NonFiniteDetector()
     steps = [1.0, NAN, NAN, 1.0, NAN]
