@@ -289,7 +289,7 @@ class Delivery:
     def _verdict(self, alerts: list[Alert]) -> _Verdict:
         report = None
         if self.incidents is not None:
-            report = self.incidents.see_alerts(alerts, self.readings.order)
+            report = self.incidents.see_alerts(alerts, self.readings.order, self.detection.episodes())
         return _Verdict(alerts, report)
 
     def _act(self, verdict: _Verdict) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from probes.failures import call_or_drop
-from stability.divergence import Alert, Detector, Readings
+from stability.divergence import Alert, Detector, Episode, EpisodeDetector, Readings
 
 # What each detector remembers; None of one that could not say.
 Memory = list[tuple[Detector, dict[str, Any] | None]]
@@ -54,6 +54,11 @@ class Detection:
         """Takes back every step since: later verdicts are as if they had never been."""
         self._recall(memory)
         self._saved = []
+
+    def episodes(self) -> list[Episode]:
+        """The newest episode of every detector that has them."""
+        merging = (detector for detector in self._detectors if isinstance(detector, EpisodeDetector))
+        return [detector.episode for detector in merging if detector.episode is not None]
 
     def state_dict(self) -> list[tuple[str, dict[str, Any]]]:
         """Name and state of every detector."""

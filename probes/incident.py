@@ -11,7 +11,8 @@ import shutil
 import sys
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from probes.failures import ProbeWarning
 from probes.flight_recorder_file import read_steps
 from probes.incident_page import Incident
 from probes.record import Series, StepRecords
-from stability.divergence import Alert
+from stability.divergence import Alert, Episode
 
 MAX_INCIDENTS = 8
 EPISODE_STEPS = 100
@@ -51,6 +52,7 @@ class IncidentWriter:
         self._directory = directory
         self._recorder = recorder
         self._alerts: list[Alert] = []
+        self._episodes: dict[tuple[str, str, int | None], Episode] = {}  # by their origin
         self._episode: tuple[int, int] | None = None  # step and gravity of its last alert
         self._num_written = 0
         self._last_step = -1  # which a folder was written for
@@ -70,17 +72,21 @@ class IncidentWriter:
         """Remembers which samples a step trains on; the last 16 batches are kept."""
         self._batches.append((step, indices))
 
-    def see_alerts(self, alerts: Sequence[Alert], layers: Sequence[str]) -> Path | None:
+    def see_alerts(
+        self, alerts: Sequence[Alert], layers: Sequence[str], episodes: Iterable[Episode] = ()
+    ) -> Path | None:
         """Writes a folder if an episode begins.
 
         Args:
             alerts: The verdicts of one step.
             layers: The model's layers in the order of the forward pass.
+            episodes: Those under way, whose consequences the report of the end tells.
 
         Returns:
             The folder, if one was written.
         """
         self._alerts += alerts
+        self._episodes.update({_origin(episode.origin): episode for episode in episodes})
         if not alerts:
             return None
         gravest = max(alerts, key=lambda alert: _GRAVITY[alert.severity])
@@ -167,6 +173,12 @@ class IncidentWriter:
     ) -> dict[str, bytes]:
         """Name → content; all of it is made before any of it is written."""
         steps = read_steps(self._recorder)
+        consequences: tuple[Alert, ...] = ()
+        if alert is not None and _origin(alert) in self._episodes:
+            episode = self._episodes[_origin(alert)]
+            # Of a step that was left out the detectors have forgotten what its alert tells.
+            spread = tuple(dict.fromkeys((*alert.spread, *episode.spread)))
+            alert, consequences = replace(alert, spread=spread), episode.consequences
         files = {
             "series.npz": _npz(steps),
             "environment.json": json.dumps(self._environment, indent=2).encode(),
@@ -189,6 +201,7 @@ class IncidentWriter:
             step=step,
             alert=alert,
             alerts=self._alerts,
+            consequences=consequences,
             error=error,
             layers=layers,
             steps=steps,
@@ -224,6 +237,11 @@ def environment() -> dict[str, Any]:
         "directory": str(Path.cwd()),
         "command": shlex.join(sys.orig_argv),
     }
+
+
+def _origin(alert: Alert) -> tuple[str, str, int | None]:
+    """What an episode's alerts, told as warning and as divergence, have in common."""
+    return alert.kind, alert.layer, alert.onset_step
 
 
 def _npz(steps: Sequence[StepRecords]) -> bytes:

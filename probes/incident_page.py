@@ -12,7 +12,7 @@ from probes.grids import group_steps
 from probes.page import HOW_TO_READ, document, draw
 from probes.pictures import RunView, pictures
 from probes.record import StepRecords
-from probes.story import describe, number, onset, unit
+from probes.story import describe, in_short, number, onset, unit
 from stability.divergence import Alert
 from stability.html_table import html_table
 
@@ -28,6 +28,7 @@ class Incident(NamedTuple):
         step: Step it is about.
         alert: The verdict it is about, or the gravest one before the end; None if there was none.
         alerts: All verdicts of the run so far, oldest first.
+        consequences: What has followed from the alert, as far as detectors spoke of it.
         error: What ended the training, if anything did.
         layers: The model's layers in the order of the forward pass.
         steps: The flight recorder's steps.
@@ -41,6 +42,7 @@ class Incident(NamedTuple):
     step: int
     alert: Alert | None
     alerts: Sequence[Alert]
+    consequences: Sequence[Alert]
     error: BaseException | None
     layers: Sequence[str]
     steps: Sequence[StepRecords]
@@ -55,10 +57,15 @@ class Incident(NamedTuple):
         verdict = "no alert came before" if self.alert is None else describe(self.alert)
         if self.error is not None:
             first_line = traceback.format_exception_only(self.error)[0].splitlines()[0]
-            return f"{first_line} ended the training in step {self.step}; {verdict}."
+            return f"{first_line} ended the training in step {self.step}; {verdict}.{self._since_then}"
         if self.kind == "exit":
-            return f"The training ended after step {self.step}; {verdict}."
+            return f"The training ended after step {self.step}; {verdict}.{self._since_then}"
         return f"{verdict[0].upper()}{verdict[1:]}."
+
+    @property
+    def _since_then(self) -> str:
+        later = [one for one in self.consequences if self.alert is not None and one.step > self.alert.step]
+        return f" Since then: {', '.join(in_short(one, '`') for one in later)}." if later else ""
 
 
 def markdown(incident: Incident) -> str:
@@ -115,23 +122,29 @@ def _tables(incident: Incident) -> Iterable[tuple[str, list[list[str]]]]:
             ["began at step", "–" if alert.onset_step is None else str(alert.onset_step)],
             ["value", number(alert.value)],
             ["compared with", number(alert.reference)],
-            ["spread to", ", ".join(f"`{layer}`" for layer in alert.spread) or "–"],
+            [
+                "spread to",
+                ", ".join(f"`{layer}`" for layer in alert.spread) or "no other layer that a detector named",
+            ],
             *(["what usually helps", remedy] for remedy in alert.remedies),
         ]
         yield "What was seen", [["", ""], *facts]
         if alert.evidence:
             points = [[str(step), number(value)] for step, value in alert.evidence]
             yield f"Evidence: {alert.quantity} in {alert.layer}", [["step", alert.quantity], *points]
+    if incident.consequences:
+        yield "What followed, the first eight verdicts at most", _of_alerts(incident.consequences)
     if len(incident.alerts) > 1:
         newest = incident.alerts[-MAX_ALERTS:]
-        rows = [[str(a.step), a.severity, a.kind or a.quantity, f"`{a.layer}`", a.reason] for a in newest]
-        yield (
-            f"Alerts of this run, the last {len(newest)} of {len(incident.alerts)}",
-            [["step", "severity", "kind", "layer", "reason"], *rows],
-        )
+        yield f"Alerts of this run, the last {len(newest)} of {len(incident.alerts)}", _of_alerts(newest)
     yield "Files", [["file", "holds"], *([f"`{name}`", text] for name, text in incident.files.items())]
     rows = [[key, str(value)] for key, value in incident.environment.items()]
     yield "Environment", [["", ""], *rows]
+
+
+def _of_alerts(alerts: Sequence[Alert]) -> list[list[str]]:
+    rows = [[str(a.step), a.severity, a.kind or a.quantity, f"`{a.layer}`", a.reason] for a in alerts]
+    return [["step", "severity", "kind", "layer", "reason"], *rows]
 
 
 def _recipe(incident: Incident) -> list[str]:

@@ -189,6 +189,16 @@ class Probe:
         self._watch.measure_gradients()
         self._watch.end_step()
 
+    def flush(self) -> None:
+        """Waits for the last step's numbers, writes them and gives the verdict on them.
+
+        For a script whose loggers close before the probe does.
+
+        Raises:
+            DivergenceError: If they show divergence and ``on_divergence="raise"``.
+        """
+        self._delivery.flush()
+
     def close(self) -> None:
         """Detaches from the model and brings all that was recorded to the sinks. Safe to call twice.
 
@@ -203,7 +213,7 @@ class Probe:
         Raises:
             DivergenceError: If they show divergence and ``on_divergence="raise"``.
         """
-        self._delivery.flush()
+        self.flush()
         self._note_checkpoint()
         return {
             "step": self._watch.step,

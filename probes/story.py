@@ -122,6 +122,12 @@ def describe(alert: Alert) -> str:
     return "; ".join(parts)
 
 
+def in_short(alert: Alert, quote: str = "") -> str:
+    """An alert in a list of others: kind, where and when."""
+    what = (alert.kind or alert.quantity).replace("-", " ")
+    return f"{what} {where(alert.layer, quote)} at step {alert.step}"
+
+
 def onset(alert: Alert) -> int:
     """When it began, as far as that is known."""
     return alert.step if alert.onset_step is None else alert.onset_step

@@ -95,7 +95,7 @@ class ProbeCallback(TrainerCallback, ExportableState):
             DivergenceError: If the last step shows divergence and ``on_divergence="raise"``.
         """
         if self.probe is not None and control.should_training_stop:
-            self.probe.state_dict()
+            self.probe.flush()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

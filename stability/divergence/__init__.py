@@ -10,7 +10,7 @@ from stability.divergence.attention import (
     saturation_detector,
 )
 from stability.divergence.detector import ALL_LAYERS, Alert, Detector, Readings
-from stability.divergence.episodes import EpisodeDetector
+from stability.divergence.episodes import Episode, EpisodeDetector
 from stability.divergence.gradient_explosion import GradientExplosionDetector
 from stability.divergence.initialisation import InitialisationDetector
 from stability.divergence.loss import LossDetector
@@ -26,6 +26,7 @@ __all__ = [
     "REMEDIES",
     "Alert",
     "Detector",
+    "Episode",
     "EpisodeDetector",
     "GradientExplosionDetector",
     "InitialisationDetector",

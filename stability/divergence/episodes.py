@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from stability.divergence.detector import Alert, Detector, Readings
+from stability.divergence.detector import ALL_LAYERS, Alert, Detector, Readings
 
 # Of verdicts with the same onset the likeliest cause comes first: weights before what they compute, outputs
 # before the loss, the loss before the gradients that come back from it.
@@ -28,6 +28,49 @@ _CAUSES = (
     "vanishing-gradient",
 )
 _MAX_CONSEQUENCES = 8
+
+
+class Episode(NamedTuple):
+    """What began, and what it led to.
+
+    Attributes:
+        origin: The first verdict; "divergence" as soon as one of its consequences is.
+        consequences: The first eight verdicts that followed, each kind, layer and step once.
+
+    Example:
+        >>> first, second = (Alert(step, "ab"[step], "q", "warning", 9.0, 1.0, "") for step in range(2))
+        >>> Episode(first, (second,)).spread
+        ('b',)
+    """
+
+    origin: Alert
+    consequences: tuple[Alert, ...] = ()
+
+    @property
+    def spread(self) -> tuple[str, ...]:
+        """The other layers that the origin or a consequence names, in that order."""
+        layers = [*self.origin.spread]
+        for alert in self.consequences:
+            layers += [alert.layer, *alert.spread]
+        return tuple(dict.fromkeys(one for one in layers if one not in (self.origin.layer, ALL_LAYERS)))
+
+    def followed_by(self, alerts: Sequence[Alert]) -> Episode:
+        """The episode with later verdicts."""
+        once: dict[tuple[str, str, int], Alert] = {}
+        for alert in (self.origin, *self.consequences, *alerts):
+            once.setdefault((alert.kind or alert.quantity, alert.layer, alert.step), alert)
+        origin, *consequences = once.values()
+        if any(alert.severity == "divergence" for alert in alerts):
+            origin = replace(origin, severity="divergence")
+        return Episode(origin, tuple(consequences[:_MAX_CONSEQUENCES]))
+
+    def as_alert(self, step: int) -> Alert:
+        """The origin, told at a step with what has followed until then."""
+        reason = self.origin.reason
+        if self.consequences:
+            followed = (f"{a.kind or a.quantity} in {a.layer} at step {a.step}" for a in self.consequences)
+            reason += f" What followed: {', '.join(followed)}."
+        return replace(self.origin, step=step, reason=reason, spread=self.spread)
 
 
 class EpisodeDetector:
@@ -59,51 +102,47 @@ class EpisodeDetector:
             raise ValueError(f"quiet_steps must be at least 1; got {quiet_steps}.")
         self._detectors = tuple(detectors)
         self._quiet_steps = quiet_steps
-        self._origin: Alert | None = None
+        self._episode: Episode | None = None
         self._last_step = 0
-        self._consequences: list[str] = []
+
+    @property
+    def episode(self) -> Episode | None:
+        """The newest episode, with the consequences that were not told; None before the first."""
+        return self._episode
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
         alerts = [alert for detector in self._detectors for alert in detector.update(step, readings)]
         if not alerts:
             return []
-        if self._origin is not None and step - self._last_step > self._quiet_steps:
-            self._origin = None
-        self._last_step = step
         alerts.sort(key=_by_onset_and_cause)
-        begins = self._origin is None
-        if self._origin is None:
-            self._origin, *alerts = alerts
-            self._consequences = []
-        followed = [f"{alert.kind} in {alert.layer} at step {step}" for alert in alerts]
-        self._consequences = (self._consequences + followed)[:_MAX_CONSEQUENCES]
-        diverges = self._origin.severity == "warning" and any(a.severity == "divergence" for a in alerts)
-        if diverges:
-            self._origin = replace(self._origin, severity="divergence")
-        if not begins and not diverges:
+        before = self._episode
+        if before is not None and step - self._last_step > self._quiet_steps:
+            before = None
+        self._last_step = step
+        self._episode = (before or Episode(alerts[0])).followed_by(alerts)
+        if before is not None and before.origin.severity == self._episode.origin.severity:
             return []
-        reason = self._origin.reason
-        if self._consequences:
-            reason += f" What followed: {', '.join(self._consequences)}."
-        return [replace(self._origin, step=step, reason=reason)]
+        return [self._episode.as_alert(step)]
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
         return {
             "detectors": [detector.state_dict() for detector in self._detectors],
-            "origin": None if self._origin is None else asdict(self._origin),
             "last_step": self._last_step,
-            "consequences": list(self._consequences),
+            "episode": [asdict(alert) for alert in self._alerts()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
         for detector, of_detector in zip(self._detectors, state["detectors"], strict=True):
             detector.load_state_dict(of_detector)
-        self._origin = None if state["origin"] is None else _alert_from(state["origin"])
         self._last_step = state["last_step"]
-        self._consequences = list(state["consequences"])
+        alerts = [_alert_from(fields) for fields in state["episode"]]
+        self._episode = Episode(alerts[0], tuple(alerts[1:])) if alerts else None
+
+    def _alerts(self) -> list[Alert]:
+        return [] if self._episode is None else [self._episode.origin, *self._episode.consequences]
 
 
 def _by_onset_and_cause(alert: Alert) -> tuple[int, int]:

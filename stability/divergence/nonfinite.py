@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings
@@ -18,6 +19,11 @@ _LOGITS = "attention/max_logit"
 _FIRST_LAYER = ("weight_norm", _LOGITS, "activation_rms", "activation_max_abs")
 _LOSS = "loss"
 _LAST_LAYER = ("activation_grad_norm", "grad_norm", "adam_update_rms", "update_ratio")
+_OUTPUTS = ("activation_rms", "activation_max_abs")
+_HOW_TO_KNOW = (
+    "to know the layer, measure outputs at every step (activations_every=1) and run again from the last "
+    "checkpoint before this step"
+)
 _WHAT = {
     "weight_norm": "its weights hold",
     _LOGITS: "its attention logits hold",
@@ -37,7 +43,8 @@ class NonFiniteDetector:
     There is no threshold. Of all layers that are not finite in the same step the origin is named: the first
     in the forward pass for weights and outputs, the last one (where the backward pass enters) for gradients.
     A step in which every gradient is broken was broken before its backward pass began, by the batch or
-    between two layers; unless an output says where, the first layer is named. One alert per episode; a finite
+    between two layers; unless an output says where, the first layer is named. Where outputs were not measured
+    at that step the alert says that the layer is a guess, and how to know it. One alert per episode; a finite
     step ends it.
 
     Gradients of a step that a GradScaler skipped do not count, since it tries again with a smaller scale,
@@ -121,7 +128,8 @@ class NonFiniteDetector:
             is_unclear = quantity == _LOSS or (quantity == _LOGITS and len(broken) == len(layers))
             if is_unclear and not is_excused:
                 layer, how_many = self._where_all_gradients_broke(readings) or (layer, how_many)
-            return self._alert(step, layer, quantity, broken, how_many)
+            alert = self._alert(step, layer, quantity, broken, how_many)
+            return _as_guess(alert) if _is_guess(alert, readings) else alert
         return None
 
     def _where_all_gradients_broke(self, readings: Readings) -> tuple[str, str] | None:
@@ -137,6 +145,9 @@ class NonFiniteDetector:
         shown = layer if layer in recent[-1][1] else broken[0]  # the loss, of a layer that has none
         evidence = tuple((at, values[shown]) for at, values in recent if shown in values)
         value = evidence[-1][1]
+        tried = ""
+        if self._num_skipped > self._max_skipped:
+            tried = f" {self._num_skipped} updates in a row were skipped: the loss scale is not the reason."
         return Alert(
             step,
             layer,
@@ -144,13 +155,29 @@ class NonFiniteDetector:
             "divergence",
             value,
             None,
-            f"{_WHAT[quantity]} {value} ({quantity}); {how_many}.",
+            f"{_WHAT[quantity]} {value} ({quantity}); {how_many}.{tried}",
             kind="non-finite",
             onset_step=step,
             evidence=evidence,
             spread=tuple(name for name in broken if name != layer),
             remedies=REMEDIES["non-finite"],
         )
+
+
+def _is_guess(alert: Alert, readings: Readings) -> bool:
+    """Whether the layer is the first of many whose gradients all broke, with no output to tell them apart."""
+    gradients = [norm for layer, norm in readings.get("grad_norm", {}).items() if layer != ALL_LAYERS]
+    return (
+        (alert.quantity == "grad_norm" or alert.layer not in readings[alert.quantity])
+        and len(gradients) > 1
+        and not any(math.isfinite(norm) for norm in gradients)
+        and not any(layer != ALL_LAYERS for quantity in _OUTPUTS for layer in readings.get(quantity, {}))
+    )
+
+
+def _as_guess(alert: Alert) -> Alert:
+    reason = f"{alert.reason} Outputs were not measured at this step, so the layer is a guess."
+    return replace(alert, reason=reason, remedies=(_HOW_TO_KNOW, *alert.remedies))
 
 
 def _is_fine(quantity: str, value: float) -> bool:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 
 import probes
 from probes import incident
-from stability.divergence import Alert
+from stability.divergence import Alert, Detector, EpisodeDetector
 from stability.divergence.detector import Severity
 
 ALERTS = {
@@ -44,11 +45,29 @@ class Script:
         pass
 
 
-def train(log_dir: Path, steps: int, alerts: dict[int, Severity], fails_at: int = -1) -> probes.Probe:
+class Spoken(Script):
+    """Gives these alerts."""
+
+    def __init__(self, alerts: dict[int, Alert]) -> None:
+        self.given = alerts
+
+    def update(self, step: int, readings: object) -> list[Alert]:
+        return [self.given[step]] if step in self.given else []
+
+
+def train(
+    log_dir: Path,
+    steps: int,
+    alerts: dict[int, Severity],
+    fails_at: int = -1,
+    detectors: Sequence[Detector] | None = None,
+) -> probes.Probe:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    arguments = {"detectors": [Script(alerts)], "on_divergence": "ignore"}
-    with probes.attach(model, optimizer, log_dir=log_dir, **arguments) as probe:
+    detectors = [Script(alerts)] if detectors is None else detectors
+    with probes.attach(
+        model, optimizer, log_dir=log_dir, detectors=detectors, on_divergence="ignore"
+    ) as probe:
         for step in range(steps):
             probe.log(loss=float(step))
             probe.log_batch([step, step + 1])
@@ -178,6 +197,52 @@ raise {kind}
             probe.step()
         assert folders(tmp_path / "run") == ["step-000000-gradient-explosion"]
         assert not list((tmp_path / "elsewhere").iterdir())
+
+
+class TestHowItWentOn:
+    """Consequences that were not told on their own are in the report of the end."""
+
+    @pytest.fixture
+    def attention(self, tmp_path: Path) -> Path:
+        """A weight jumps at step 40; the attention behind it sharpens from there on, layer 1 of 2."""
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        with probes.attach(model, optimizer, log_dir=tmp_path, on_divergence="ignore") as probe:
+            for step in range(111):
+                if step >= 40:
+                    with torch.no_grad():
+                        model.layers[1].self_attn.in_proj_weight[:32].mul_(1.04)
+                x = torch.randn(4, 6, 16)
+                optimizer.zero_grad()
+                (model(x) - x.roll(1, 1)).square().mean().backward()
+                optimizer.step()
+        assert [(alert.step, alert.kind) for alert in probe.alerts] == [(40, "weight-jump")]
+        return tmp_path / "incidents"
+
+    def test_in_the_layer_where_it_began(self, attention: Path) -> None:
+        first = (attention / "step-000040-weight-jump" / "report.md").read_text()
+        end = (attention / "step-000111-exit" / "report.md").read_text()
+        assert "logit" not in first
+        assert "Since then: logit growth in `layers.1.self_attn` at step 70" in end.splitlines()[2]
+        assert "| spread to | no other layer that a detector named |" in end
+
+    def test_of_the_gravest_alert_though_another_episode_came_later(self, tmp_path: Path) -> None:
+        def alert(step: int, layer: str, severity: Severity) -> Alert:
+            return Alert(step, layer, "grad_norm", severity, 9.0, 1.0, "it is large.", "update-rms", step)
+
+        spoken = {
+            2: alert(2, "0", "divergence"),
+            3: alert(3, "2", "warning"),
+            6: alert(6, "2", "warning"),
+            7: alert(7, "0", "warning"),
+        }
+        detector = EpisodeDetector([Spoken(spoken)], quiet_steps=2)
+        train(tmp_path, 10, {}, detectors=[detector])
+        end = (tmp_path / "incidents" / "step-000010-exit" / "report.md").read_text()
+        assert end.splitlines()[2].endswith("Since then: update rms in `2` at step 3.")
+        assert "| spread to | `2` |" in end
 
 
 class TestWhat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -42,6 +43,7 @@ def incident(**changes: Any) -> Incident:
         step=30,
         alert=ALERT,
         alerts=[ALERT],
+        consequences=(),
         error=None,
         layers=LAYERS,
         steps=steps,
@@ -75,6 +77,22 @@ def test_the_end_of_a_training() -> None:
     assert incident(kind="KeyboardInterrupt", error=KeyboardInterrupt(), alert=None).summary == (
         "KeyboardInterrupt ended the training in step 30; no alert came before."
     )
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("no memory")])
+def test_the_end_tells_what_has_followed_since_the_alert(error: Exception | None) -> None:
+    during = Alert(29, "head", "loss", "warning", 9.0, 1.0, "it rose.", kind="loss-spike")
+    after = Alert(36, "blocks.3.fc1", "grad_norm", "warning", 9.0, 1.0, "it fell.", kind="vanishing-gradient")
+    given = incident(kind="exit", step=40, error=error, consequences=(during, after))
+    assert given.summary.endswith(" Since then: vanishing gradient in `blocks.3.fc1` at step 36.")
+    page = markdown(given)
+    assert "| 29 | warning | loss-spike | `head` | it rose. |" in page
+    assert "| 36 | warning | vanishing-gradient | `blocks.3.fc1` | it fell. |" in page
+
+
+def test_an_alert_that_stays_in_its_layer() -> None:
+    page = markdown(incident(alert=replace(ALERT, spread=())))
+    assert "| spread to | no other layer that a detector named |" in page
 
 
 @pytest.mark.parametrize("render", [markdown, html])

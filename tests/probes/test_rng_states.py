@@ -51,6 +51,21 @@ def test_the_steps_after_a_checkpoint_are_repeated_bitwise(tmp_path: Path) -> No
         assert train(probe, 4) == losses
 
 
+def test_flushing_is_no_checkpoint(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        with probes.attach(model, log_dir=tmp_path) as probe:
+            for _ in range(2):
+                model(torch.ones(1, 2)).sum().backward()
+                probe.step()
+            assert {record.step for record in probe.records} == {0}
+            probe.flush()
+            assert {record.step for record in probe.records} == {0, 1}
+            raise RuntimeError("out of luck")
+    (folder,) = (tmp_path / "incidents").iterdir()
+    assert probes.load_rng_states(folder) == 0
+
+
 def test_a_folder_without_states(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         probes.load_rng_states(tmp_path)

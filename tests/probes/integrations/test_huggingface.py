@@ -233,6 +233,20 @@ def test_alerts_reach_report_to_and_the_log_history(
     assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    ("options", "checkpoint"), [({}, 0), ({"save_strategy": "steps", "save_steps": 4}, 6)]
+)
+def test_an_incident_names_the_last_checkpoint_that_exists(
+    tmp_path: Path, options: dict[str, Any], checkpoint: int
+) -> None:
+    trainer = build(tmp_path, **options)
+    trainer.add_callback(Poison(2))
+    watch(trainer, log_dir=tmp_path / "run", on_divergence="ignore")
+    trainer.train()
+    assert (tmp_path / f"checkpoint-{checkpoint}").exists() == bool(checkpoint)
+    assert probes.load_rng_states(tmp_path / "run" / "incidents" / "step-000006-exit") == checkpoint
+
+
 @pytest.mark.parametrize("step", [3, 5])
 def test_divergence_raised_from_the_training_closes_the_probe(tmp_path: Path, step: int) -> None:
     trainer = build(tmp_path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -68,6 +69,34 @@ def test_divergence_is_told_again_under_the_layer_where_it_began() -> None:
     assert (first.severity, second.severity) == ("warning", "divergence")
     assert (second.step, second.layer, second.onset_step) == (30, "a", 10)
     assert "non-finite in head at step 30" in second.reason
+
+
+def test_what_follows_is_listed_once_by_kind_layer_and_step() -> None:
+    origin, twice = alert(9, "a", "weight-jump", 4), alert(9, "b", "logit-growth", 9)
+    (told,) = hear(origin, twice, replace(twice, quantity="other"), replace(origin, onset_step=9))
+    assert told.reason == "weight-jump. What followed: logit-growth in b at step 9."
+
+
+def test_it_spread_to_the_other_layers_that_followed() -> None:
+    (told,) = hear(
+        replace(alert(9, "a", "weight-jump", 4), spread=("b",)),
+        replace(alert(9, "c", "gradient-explosion", 9), spread=("a", "d")),
+        alert(9, "(all)", "loss-spike", 9),
+        alert(9, "b", "logit-growth", 9),
+    )
+    assert told.spread == ("b", "c", "d")
+
+
+def test_consequences_that_are_not_told_are_kept_also_in_a_checkpoint() -> None:
+    spoken = [alert(10, "a", "weight-jump"), alert(90, "b", "loss-spike"), alert(170, "c", "logit-growth")]
+    detector, resumed = (EpisodeDetector([Scripted(*spoken)]) for _ in range(2))
+    assert detector.episode is None
+    for step in range(100):
+        detector.update(step, {})
+    resumed.load_state_dict(json.loads(json.dumps(detector.state_dict())))
+    assert resumed.update(170, {}) == []
+    assert resumed.episode is not None
+    assert (resumed.episode.origin, *resumed.episode.consequences) == tuple(spoken)
 
 
 def test_a_quiet_time_of_no_steps() -> None:

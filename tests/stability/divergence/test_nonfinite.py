@@ -55,6 +55,32 @@ def test_a_loss_that_breaks_with_every_gradient_shows_the_loss_as_evidence() -> 
     assert alert.evidence == ((0, 2.0), (1, math.inf))
 
 
+@pytest.mark.parametrize("first", [{"loss": {"(all)": NAN}}, {"attention/max_logit": {"b": NAN}}, {}])
+def test_a_layer_that_nothing_tells_apart_is_called_a_guess(first: dict) -> None:
+    gradients = {"grad_norm": {"(all)": NAN, "a": NAN, "b": NAN}}
+    (alert,) = NonFiniteDetector().update(3, {**first, **gradients})
+    assert alert.layer == "a"
+    assert alert.reason.endswith("Outputs were not measured at this step, so the layer is a guess.")
+    assert "measure outputs at every step (activations_every=1)" in alert.remedies[0]
+
+
+@pytest.mark.parametrize(
+    "readings",
+    [
+        {"loss": {"(all)": NAN}, "grad_norm": {"a": NAN, "b": NAN}, "activation_rms": {"a": 1.0, "b": 1.0}},
+        {"grad_norm": {"a": NAN, "b": NAN}, "activation_rms": {"a": 1.0, "b": NAN}},
+        {"loss": {"(all)": NAN}, "grad_norm": {"a": 1.0, "b": NAN}},
+        {"weight_norm": {"a": 1.0, "b": NAN}, "grad_norm": {"a": NAN, "b": NAN}},
+        {"attention/max_logit": {"a": 1.0, "b": NAN}, "grad_norm": {"a": NAN, "b": NAN}},
+        {"grad_norm": {"a": NAN}},
+    ],
+)
+def test_a_layer_that_something_tells_is_no_guess(readings: dict) -> None:
+    (alert,) = NonFiniteDetector().update(3, readings)
+    assert "guess" not in alert.reason
+    assert "activations_every" not in alert.remedies[0]
+
+
 def test_an_episode_alerts_once() -> None:
     detector = NonFiniteDetector()
     steps = [1.0, NAN, NAN, 1.0, NAN]
@@ -73,7 +99,9 @@ def test_finite_numbers_of_any_size_are_quiet() -> None:
 def test_steps_that_a_scaler_skips_are_excused_until_it_can_no_longer_be_the_scale() -> None:
     detector = NonFiniteDetector(max_skipped=3)
     skipped = {"grad_norm": {"a": math.inf}, "skipped_step": {"(all)": 1.0}}
-    assert [len(detector.update(step, skipped)) for step in range(5)] == [0, 0, 0, 1, 0]
+    alerts = [detector.update(step, skipped) for step in range(5)]
+    assert [len(one) for one in alerts] == [0, 0, 0, 1, 0]
+    assert "4 updates in a row were skipped: the loss scale is not the reason." in alerts[3][0].reason
     assert detector.update(5, {"grad_norm": {"a": 1.0}, "skipped_step": {"(all)": 0.0}}) == []
     assert detector.update(6, skipped) == []
     assert len(NonFiniteDetector().update(0, {**skipped, "loss": {"(all)": NAN}})) == 1
