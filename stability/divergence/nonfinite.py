@@ -128,7 +128,7 @@ class NonFiniteDetector:
             is_unclear = quantity == _LOSS or (quantity == _LOGITS and len(broken) == len(layers))
             if is_unclear and not is_excused:
                 layer, how_many = self._where_all_gradients_broke(readings) or (layer, how_many)
-            alert = self._alert(step, layer, quantity, broken, how_many)
+            alert = self._alert(step, layer, quantity, broken, how_many + _logged(readings))
             return _as_guess(alert) if _is_guess(alert, readings) else alert
         return None
 
@@ -162,6 +162,15 @@ class NonFiniteDetector:
             spread=tuple(name for name in broken if name != layer),
             remedies=REMEDIES["non-finite"],
         )
+
+
+def _logged(readings: Readings) -> str:
+    """Numbers that the script logged, other than the loss, that are not finite either."""
+    return "".join(
+        f"; {name}, which the script logged, is {values[ALL_LAYERS]}"
+        for name, values in readings.items()
+        if name not in _WHAT and values.keys() == {ALL_LAYERS} and not math.isfinite(values[ALL_LAYERS])
+    )
 
 
 def _is_guess(alert: Alert, readings: Readings) -> bool:

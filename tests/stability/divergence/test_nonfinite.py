@@ -107,6 +107,13 @@ def test_steps_that_a_scaler_skips_are_excused_until_it_can_no_longer_be_the_sca
     assert len(NonFiniteDetector().update(0, {**skipped, "loss": {"(all)": NAN}})) == 1
 
 
+def test_the_sentence_names_a_logged_number_that_is_not_finite() -> None:
+    readings = {"grad_norm": {"a": NAN, "b": 1.0}, "d_loss": {"(all)": math.inf}, "g_loss": {"(all)": 0.5}}
+    (alert,) = NonFiniteDetector().update(7, readings)
+    assert alert.reason.endswith("1 of 2 layers; d_loss, which the script logged, is inf.")
+    assert not NonFiniteDetector().update(7, {"accuracy": {"(all)": NAN}})
+
+
 def test_a_bad_number_of_skipped_steps() -> None:
     with pytest.raises(ValueError, match="max_skipped must be at least 0; got -1"):
         NonFiniteDetector(max_skipped=-1)
