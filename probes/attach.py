@@ -14,15 +14,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from probes.alerts import AlertAction, OnDivergence
+from probes.arguments import check_count, check_flag, check_log_dir, check_members
 from probes.delivery import Delivery
 from probes.distributed import join_ranks, told_of, unwrapped
 from probes.failures import ProbeWarning
-from probes.flight_recorder import FlightRecorder
+from probes.flight_recorder import FlightRecorder, set_aside
 from probes.flight_recorder_file import FILE_NAME
 from probes.incident import IncidentWriter, environment
 from probes.layers import select_layers
 from probes.probe import Probe
 from probes.schedule import Schedule
+from probes.sessions import EarlierSession
 from probes.sinks.sink import Sink
 from probes.sinks.tensorboard import HParam, TensorBoardSink, check_hparams
 from probes.snapshots import Snapshots
@@ -66,7 +68,8 @@ def attach(
         optimizer: The optimizer, or several: a step ends when the last of them has stepped. Without one,
             call ``probe.step()`` after each backward pass; updates are then not recorded.
         log_dir: Directory for TensorBoard events, the flight recorder and incident folders of this run. None
-            keeps records in memory only.
+            keeps records in memory only. Of what an earlier run left there, :func:`probes.read` leaves out
+            all from the first step of this one on.
         sinks: Further places for records, such as :class:`probes.sinks.JsonLinesSink`.
         layers: Shell-style pattern or patterns of module names, as in ``model.named_modules()``.
         every: Records gradient and weight norm of every layer at each n-th optimizer step; 0: never.
@@ -105,9 +108,10 @@ def attach(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the model has no parameters, is compiled or is watched already, ``layers`` matches
-            nothing, a number is out of range, ``on_divergence`` is unknown, ``same_step`` is missing for
-            it or has not exactly one optimizer, or the processes differ in what must be the same.
+        ValueError: If the model has no parameters, is compiled or is watched already, a pattern of
+            ``layers`` matches nothing, ``log_dir`` is empty, a number is out of range, ``on_divergence`` is
+            unknown, ``same_step`` is missing for it or has not exactly one optimizer, or the processes differ
+            in what must be the same.
         OSError: If ``log_dir`` cannot be written.
 
     Example:
@@ -130,16 +134,19 @@ def attach(
         ("layer_jacobian_every", layer_jacobian_every),
         ("flight_recorder", flight_recorder),
     ):
-        _check_count(name, number, minimum=0)
-    _check_count("snapshot_every", snapshot_every, minimum=1)
+        check_count(name, number, minimum=0)
+    check_count("snapshot_every", snapshot_every, minimum=1)
     if attention_every is not None:
-        _check_count("attention_every", attention_every, minimum=0)
+        check_count("attention_every", attention_every, minimum=0)
     if attention_rows is not None:
-        _check_count("attention_rows", attention_rows, minimum=1)
+        check_count("attention_rows", attention_rows, minimum=1)
+    check_flag("same_step", same_step)
+    if log_dir is not None:
+        check_log_dir(log_dir)
     _check_optimizers(optimizers, model)
-    _check_members("sinks", sinks, Sink, "probes.sinks.JsonLinesSink(path)")
+    check_members("sinks", sinks, Sink, "probes.sinks.JsonLinesSink(path)")
     if detectors is not None:
-        _check_members("detectors", detectors, Detector, "stability.divergence.NonFiniteDetector()")
+        check_members("detectors", detectors, Detector, "stability.divergence.NonFiniteDetector()")
     if hparams is not None:
         check_hparams(hparams)
     schedule = Schedule(
@@ -168,19 +175,19 @@ def attach(
     ranks, sharding = join_ranks(wrapper, names, process_group, schedule, settings)
     is_writer = ranks is None or ranks.is_first
     action = AlertAction(on_divergence, same_step=same_step, warns=is_writer)
-    incidents = None
+    incidents = earlier = None
     if not is_writer:
         log_dir, sinks = None, ()
     if log_dir is not None:  # after every check: a refused call leaves no directory behind
         log_dir = Path(log_dir).absolute()  # the script may go to another directory
         configuration = _configuration(model, optimizers, schedule)
-        sinks = (
-            TensorBoardSink(
-                log_dir, layers=tuple(names.values()), configuration=configuration, hparams=hparams
-            ),
-            *sinks,
+        tensorboard = TensorBoardSink(
+            log_dir, layers=tuple(names.values()), configuration=configuration, hparams=hparams
         )
-        recorder = _flight_recorder(log_dir, flight_recorder, len(selected)) if flight_recorder else None
+        if tensorboard.last_earlier_step is not None:
+            earlier = EarlierSession(log_dir, tensorboard.last_earlier_step)
+        sinks = (tensorboard, *sinks)
+        recorder = _flight_recorder(log_dir, flight_recorder, len(selected))
         if recorder is not None:
             sinks = (recorder, *sinks)
             incidents = IncidentWriter(log_dir / "incidents", recorder.path)
@@ -199,6 +206,7 @@ def attach(
         snapshots=(
             Snapshots(model, optimizers[0], snapshot_every, delivery.detection) if action.restores else None
         ),
+        earlier=earlier,
     )
     _open_probes[model] = probe
     probe.on_close(lambda: _open_probes.pop(model, None))
@@ -216,6 +224,9 @@ def _close_open_probes() -> None:
 
 def _flight_recorder(log_dir: Path, steps: int, num_layers: int) -> FlightRecorder | None:
     """The recorder; None, with a warning, where another probe records or the disk cannot hold it."""
+    if not steps:
+        set_aside(log_dir / FILE_NAME)  # an earlier session's would be read as this one's
+        return None
     try:
         return FlightRecorder(log_dir / FILE_NAME, steps=steps, values_per_step=256 + 16 * num_layers)
     except OSError as error:
@@ -283,22 +294,3 @@ def _check_model(model: object) -> None:
         raise ValueError(f"`model` must have parameters to watch; {type(model).__name__} has none.")
     if unwrapped(model) in _open_probes:
         raise ValueError("`model` is watched already; close its probe first: probe.close().")
-
-
-def _check_count(name: str, value: object, *, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be an integer; got {value!r}.")
-    if value < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}; got {value}.")
-
-
-def _check_members(name: str, members: object, protocol: type, example: str) -> None:
-    methods = [method for method in vars(protocol) if not method.startswith("_")]
-    expected = f"`{name}` must be a list of objects with {', '.join(methods)}, such as [{example}]"
-    if not isinstance(members, Sequence) or isinstance(members, str):
-        raise TypeError(f"{expected}; got {type(members).__name__}.")
-    for member in members:
-        if isinstance(member, type):
-            raise TypeError(f"{expected}; got the class {member.__name__} itself.")
-        if not all(callable(getattr(member, method, None)) for method in methods):
-            raise TypeError(f"{expected}; one of them is {type(member).__name__}.")

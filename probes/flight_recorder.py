@@ -165,6 +165,13 @@ class FlightRecorder:
             file.close()
 
 
+def set_aside(path: Path) -> None:
+    """Renames an earlier session's file, if there is one and no one records to it."""
+    with contextlib.suppress(OSError), path.open("r+b") as file:
+        _lock(file, path)
+        os.replace(path, f"{path}.old")
+
+
 def _lock(file: BinaryIO, path: Path) -> None:
     # A lock of the process, not of the open file: forked data loaders outlive a killed parent by seconds.
     try:

@@ -19,20 +19,22 @@ def select_layers(names: Iterable[str], patterns: str | Sequence[str]) -> set[st
 
     Raises:
         TypeError: If a pattern is not a string.
-        ValueError: If nothing matches; names examples of what there is.
+        ValueError: If one of them matches nothing; names examples of what there is.
     """
     candidates = list(names)
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not all(isinstance(pattern, str) for pattern in wanted):
+    wanted = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(wanted, Iterable) or not all(isinstance(pattern, str) for pattern in wanted):
         raise TypeError(f"`layers` must be a pattern or a sequence of patterns (strings); got {patterns!r}.")
-    selected = {name for name in candidates for pattern in wanted if fnmatch.fnmatchcase(name, pattern)}
-    if not selected:
+    matched = {p: {name for name in candidates if fnmatch.fnmatchcase(name, p)} for p in wanted}
+    idle = [pattern for pattern, names_of_pattern in matched.items() if not names_of_pattern]
+    if idle or not matched:
         examples = ", ".join(candidates[:8])
         raise ValueError(
-            f"`layers` must match at least one module name; {patterns!r} matches none of the model's "
-            f"{len(candidates)}. The first are: {examples}."
+            f"`layers` must match at least one module name, and so must each of several patterns; "
+            f"{', '.join(map(repr, idle)) or repr(patterns)} matches none of the model's {len(candidates)}. "
+            f"The first are: {examples}."
         )
-    return selected
+    return set().union(*matched.values())
 
 
 def parameter_layers(names: dict[nn.Module, str]) -> dict[Tensor, str]:

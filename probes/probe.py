@@ -19,7 +19,9 @@ from probes.failures import ProbeWarning, stacklevel_of_script
 from probes.quantities import QUANTITIES
 from probes.record import ALL_LAYERS, Record, Series
 from probes.same_step import SameStep
+from probes.saved_state import check_state
 from probes.schedule import Schedule
+from probes.sessions import EarlierSession
 from probes.sharding import Sharding
 from probes.snapshots import Snapshots
 from probes.watch import Watch
@@ -66,10 +68,13 @@ class Probe:
         is_attention_required: bool,
         same_step: bool,
         snapshots: Snapshots | None,
+        earlier: EarlierSession | None,
     ) -> None:
         self._has_optimizers = bool(optimizers)
         self._sharding = sharding
         self._delivery = delivery
+        self._earlier = earlier
+        self._layers = tuple(names.values())
         self._is_attention_required = is_attention_required
         self._watch = Watch(
             names,
@@ -79,7 +84,7 @@ class Probe:
             attention_rows=attention_rows,
             sharding=sharding,
             has_ranks=has_ranks,
-            before_step_ends=self._check_attention_seen,
+            before_step_ends=self._before_step_ends,
             after_step=delivery.send,
         )
         self._has_stepped = False
@@ -185,7 +190,7 @@ class Probe:
                 "optimizer.step(). Remove the call."
             )
         self._has_stepped = True
-        self._check_attention_seen()
+        self._before_step_ends()
         self._watch.measure_gradients()
         self._watch.end_step()
 
@@ -227,9 +232,11 @@ class Probe:
         Of several processes all call it, and wait for each other.
 
         Raises:
-            ValueError: If the detectors are not the ones the state was saved from, or processes go on at
-                different steps.
+            TypeError: If it is not what ``state_dict`` returned.
+            ValueError: The same; or if the detectors or the model are not the ones the state was saved from,
+                or processes go on at different steps.
         """
+        check_state(state, self._layers)
         self._delivery.check_same_step(state["step"])
         self._delivery.detection.load_state_dict(state["detectors"])
         self._delivery.abandon()
@@ -295,6 +302,13 @@ class Probe:
     def _check_open(self, method: str) -> None:
         if self._is_closed:
             raise RuntimeError(f"probe.{method}() after close(); attach a new probe to go on recording.")
+
+    def _before_step_ends(self) -> None:
+        # Not before: a state may be loaded until then.
+        earlier, self._earlier = self._earlier, None
+        if earlier is not None and self._watch.step == 0:
+            earlier.warn_of_rerun()
+        self._check_attention_seen()
 
     def _check_attention_seen(self) -> None:
         attention = self._watch.attention

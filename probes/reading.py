@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +13,11 @@ import numpy as np
 
 from probes.flight_recorder_file import FILE_NAME, read_steps
 from probes.record import Record
+from probes.sessions import Point, Recorded
 from probes.sinks.overview import PREFIX as OVERVIEW
 from stability.divergence import Alert
 
 _ALERT = re.compile(r"^<!-- (\{.*\}) -->$", re.MULTILINE)
-
-Point = tuple[str, int, float]  # tag, step, value
 
 
 class RecordedSeries(NamedTuple):
@@ -65,6 +64,11 @@ class RecordedRun(dict[str, RecordedSeries]):
         self.alerts = list(alerts)
         self.can_hold_alerts = can_hold_alerts
 
+    def __missing__(self, tag: object) -> RecordedSeries:
+        near = difflib.get_close_matches(str(tag), self, n=4)
+        known = f"near it are {', '.join(near)}" if near else "list(run) gives all tags"
+        raise KeyError(f"no series {tag!r} was recorded; {known}.")
+
 
 def read(log_dir: str | Path) -> RecordedRun:
     """Reads what a run recorded.
@@ -73,6 +77,9 @@ def read(log_dir: str | Path) -> RecordedRun:
     otherwise the probe's TensorBoard events, or those of any writer if it left none. The flight recorder
     adds the last few hundred steps, in full precision and with single heads. A file that was cut short, by a
     killed process say, is read as far as it goes.
+
+    Where a run was taken up again or begun anew in the same directory or file, what earlier sessions recorded
+    from the first step of a later one on is left out, alerts too. On disk all of it stays.
 
     Args:
         log_dir: The run's directory; or one file: JSON lines, a flight recorder, or an incident's series.npz.
@@ -110,18 +117,23 @@ def read(log_dir: str | Path) -> RecordedRun:
         raise FileNotFoundError(f"{path} is an incident folder; give its series: {path / 'series.npz'}.")
     if not files:
         raise FileNotFoundError(f"{path} holds no TensorBoard events, no flight recorder and no .jsonl file.")
-    alerts: list[Alert] = []
-    series = to_series(point for file in files for point in _read_file(file, alerts))
-    return RecordedRun(series, alerts, can_hold_alerts=any(map(_can_hold_alerts, files)))
+    run = Recorded()
+    for file in files:
+        if file.name.endswith(".probes"):  # each session's files are its own
+            run.go_on_with(_read_file(file))
+        else:
+            run.add(_read_file(file))
+    return RecordedRun(_to_arrays(run), run.alerts, can_hold_alerts=any(map(_can_hold_alerts, files)))
 
 
 def to_series(points: Iterable[Point]) -> dict[str, RecordedSeries]:
     """Groups (tag, step, value) by tag; of a step recorded twice the later value counts."""
-    values: defaultdict[str, dict[int, float]] = defaultdict(dict)
-    for tag, step, value in points:
-        values[tag][step] = value
+    return _to_arrays(Recorded(points))
+
+
+def _to_arrays(recorded: Recorded) -> dict[str, RecordedSeries]:
     result = {}
-    for tag, by_step in values.items():
+    for tag, by_step in recorded.values.items():
         steps = sorted(by_step)
         result[tag] = RecordedSeries(np.array(steps, dtype=np.int64), np.array([by_step[s] for s in steps]))
     return result
@@ -131,23 +143,24 @@ def _can_hold_alerts(path: Path) -> bool:
     return path.suffix != ".npz" and not path.name.startswith(FILE_NAME)
 
 
-def _read_file(path: Path, alerts: list[Alert]) -> Iterator[Point]:
+def _read_file(path: Path) -> Recorded:
     if path.suffix == ".npz":
-        return _read_npz(path)
+        return Recorded(_read_npz(path))
     if path.name.startswith("events.out.tfevents."):
-        return _read_events(path, alerts)
+        return _read_events(path)
     if path.name.startswith(FILE_NAME):
-        return _read_recorder(path)
-    return _read_lines(path, alerts)
+        return Recorded(_read_recorder(path))
+    return _read_lines(path)
 
 
-def _read_lines(path: Path, alerts: list[Alert]) -> Iterator[Point]:
+def _read_lines(path: Path) -> Recorded:
     from probes.sinks.jsonl import SCHEMA_VERSION
 
+    run, session = Recorded(), Recorded()
     with path.open(encoding="utf-8") as file:
         first_line = file.readline()
         if not first_line.endswith("\n"):
-            return  # killed before anything was recorded
+            return run  # killed before anything was recorded
         header = _parse(first_line)
         if header.get("schema") != "stability-probes" or header.get("schema_version", 0) > SCHEMA_VERSION:
             raise ValueError(
@@ -160,9 +173,14 @@ def _read_lines(path: Path, alerts: list[Alert]) -> Iterator[Point]:
             kind = fields.pop("type", None)
             if kind == "record":
                 record = Record(**fields)
-                yield record.series.tag, record.step, float(record.value)
+                session.values[record.series.tag][record.step] = float(record.value)
             elif kind == "alert":
-                alerts.append(_alert(fields))
+                session.alerts.append(_alert(fields))
+            elif kind == "session":
+                run.go_on_with(session)
+                session = Recorded()
+    run.go_on_with(session)
+    return run
 
 
 def _alert(fields: dict[str, Any]) -> Alert:
@@ -197,14 +215,16 @@ def _read_npz(path: Path) -> Iterator[Point]:
             yield tags[index], step, value
 
 
-def _read_events(path: Path, alerts: list[Alert]) -> Iterator[Point]:
+def _read_events(path: Path) -> Recorded:
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
+    recorded = Recorded()
     for event in LegacyEventFileLoader(str(path)).Load():
         for value in event.summary.value:
             if value.HasField("simple_value"):
                 if not value.tag.startswith(OVERVIEW):
-                    yield value.tag, event.step, value.simple_value
+                    recorded.values[value.tag][event.step] = value.simple_value
             elif value.tag.startswith("alerts/"):
                 for text in value.tensor.string_val:
-                    alerts += [_alert(_parse(found)) for found in _ALERT.findall(text.decode())]
+                    recorded.alerts += [_alert(_parse(found)) for found in _ALERT.findall(text.decode())]
+    return recorded

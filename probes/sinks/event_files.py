@@ -34,12 +34,16 @@ class EventFiles:
     Args:
         directory: Where the files are; files of earlier processes count, and are thinned too.
         max_bytes: The budget.
+
+    Attributes:
+        last_step: The newest step in the files; None before the first.
     """
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self._directory = directory
         self._limit = max_bytes * 2 // 3
         self.stride = 1
+        self.last_step: int | None = None
         self._size = 0
         self._fixed = 0  # bytes of it that no stride takes away
         self._num_files = 0
@@ -95,7 +99,10 @@ class EventFiles:
     def _count(self, records: Iterable[memoryview]) -> None:
         for record in records:
             self._size += len(record)
-            if not step_of_scalars(_event(record)):  # step 0 is a multiple of every stride
+            step = step_of_scalars(_event(record))
+            if step is not None:
+                self.last_step = step
+            if not step:  # step 0 is a multiple of every stride
                 self._fixed += len(record)
 
     def _is_beyond(self, limit: int) -> bool:

@@ -19,9 +19,10 @@ class JsonLinesSink:
     """Appends to a ``.jsonl`` file.
 
     The first line is ``{"schema": "stability-probes", "schema_version": 1}``. Each following line has a
-    ``type``: "record" (the fields of :class:`~probes.Record`; defaults are left out) or "alert" (those of
-    :class:`~stability.divergence.Alert`). JSON has no NaN: non-finite values are the strings "NaN",
-    "Infinity" and "-Infinity". Each step is flushed: a killed process loses at most the one it was writing.
+    ``type``: "record" (the fields of :class:`~probes.Record`; defaults are left out), "alert" (those of
+    :class:`~stability.divergence.Alert`) or "session" (no others: a later process continues the file from
+    here on). JSON has no NaN: non-finite values are the strings "NaN", "Infinity" and "-Infinity". Each step
+    is flushed: a killed process loses at most the one it was writing.
 
     Args:
         path: The file; directories on the way are created, an existing file is continued.
@@ -77,7 +78,7 @@ class JsonLinesSink:
         self._file.close()
 
     def _begin(self) -> None:
-        """Writes the header of a new file; ends the line that a killed process left half written."""
+        """Writes the header of a new file, or marks where another session continues an old one."""
         with self.path.open("rb") as file:
             has_header = file.readline().endswith(b"\n")
             file.seek(-1 if has_header else 0, os.SEEK_END)
@@ -86,8 +87,10 @@ class JsonLinesSink:
             self._file.truncate(0)
             header = {"schema": "stability-probes", "schema_version": SCHEMA_VERSION}
             self._file.write(f"{to_json(header)}\n".encode())
-        elif is_cut_short:
-            self._file.write(b"\n")
+        else:
+            if is_cut_short:  # a killed process left its line half written
+                self._file.write(b"\n")
+            self._file.write(f"{to_json({'type': 'session'})}\n".encode())
         self._file.flush()
 
 

@@ -75,6 +75,9 @@ class TensorBoardSink:
         hparams: What the HParams page sorts runs by, beside their peak gradient norm; names and values.
         max_megabytes: Budget of the files, in 10⁶ bytes.
 
+    Attributes:
+        last_earlier_step: The last step that earlier sessions recorded there; None of a new directory.
+
     Raises:
         OSError: If the directory cannot be written.
         TypeError: If a hyperparameter is no number, text or truth value.
@@ -127,6 +130,7 @@ class TensorBoardSink:
         try:
             self.log_dir.mkdir(parents=True, exist_ok=True)
             self._files = EventFiles(self.log_dir, max_megabytes * 10**6)
+            self.last_earlier_step = self._files.last_step
             if configuration:
                 self._add(0, summary.text("run", _table(configuration)))
             self._end: Summary | None = None

@@ -302,7 +302,8 @@ class TestFailures:
         assert folders(tmp_path) == []
 
     def test_a_second_run_keeps_the_first_runs_folder(self, tmp_path: Path) -> None:
-        for _ in range(2):
+        train(tmp_path, 4, {3: "warning"})
+        with pytest.warns(probes.ProbeWarning, match="steps up to 3 of an earlier run"):
             train(tmp_path, 4, {3: "warning"})
         assert folders(tmp_path) == ["step-000003-gradient-explosion", "step-000003-gradient-explosion-2"]
 

@@ -61,6 +61,28 @@ class TestBadInput:
         with pytest.raises(TypeError, match="pattern"):
             probes.attach(nn.Linear(1, 1), layers=[3])
 
+    def test_a_filter_that_is_a_number(self) -> None:
+        with pytest.raises(TypeError, match="`layers` must be a pattern or a sequence of patterns.*got 3"):
+            probes.attach(nn.Linear(1, 1), layers=3)
+
+    @pytest.mark.parametrize(
+        ("patterns", "idle"), [(["0", "blok.*"], r"'blok\.\*'"), (["x", "y", "0"], "'x', 'y'"), ([], r"\[\]")]
+    )
+    def test_one_filter_of_several_that_matches_nothing(self, patterns: list[str], idle: str) -> None:
+        with pytest.raises(ValueError, match=rf"; {idle} matches none of the model's 2\. The first are"):
+            probes.attach(nn.Sequential(nn.Linear(1, 1)), layers=patterns)
+
+    def test_what_is_no_directory(self) -> None:
+        with pytest.raises(TypeError, match="`log_dir` must be a path or None; got 3"):
+            probes.attach(nn.Linear(1, 1), log_dir=3)
+        with pytest.raises(ValueError, match="`log_dir` must name a directory; got an empty path"):
+            probes.attach(nn.Linear(1, 1), log_dir="")
+
+    def test_a_same_step_that_is_neither_true_nor_false(self) -> None:
+        model, optimizer = linear()
+        with pytest.raises(TypeError, match="`same_step` must be True or False; got 'no'"):
+            probes.attach(model, optimizer, same_step="no")
+
     def test_attaching_twice(self) -> None:
         model = nn.Linear(1, 1)
         with probes.attach(model), pytest.raises(ValueError, match="watched already; close its probe"):

@@ -156,6 +156,16 @@ def test_reading_what_is_not_there(tmp_path: Path) -> None:
         probes.read(tmp_path)
 
 
+def test_a_series_that_was_not_recorded(tmp_path: Path) -> None:
+    write_three_steps(JsonLinesSink(tmp_path / "run.jsonl"))
+    run = probes.read(tmp_path)
+    with pytest.raises(KeyError, match="no series 'gradnorm/a' was recorded; near it are grad_norm/a"):
+        run["gradnorm/a"]
+    with pytest.raises(KeyError, match=r"no series 'x' was recorded; list\(run\) gives all tags"):
+        run["x"]
+    assert run.get("gradnorm/a") is None
+
+
 def test_reading_foreign_or_newer_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     for header in ('{"x": 1}', '{"schema": "stability-probes", "schema_version": 99}', "no json"):
