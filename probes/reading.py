@@ -14,6 +14,7 @@ import numpy as np
 from probes.flight_recorder_file import FILE_NAME, read_steps
 from probes.record import Record
 from probes.sessions import Point, Recorded
+from probes.sinks.event_files import begun_at
 from probes.sinks.overview import PREFIX as OVERVIEW
 from stability.divergence import Alert
 
@@ -112,6 +113,8 @@ def read(log_dir: str | Path) -> RecordedRun:
     else:
         patterns = ("*.jsonl", "events.out.tfevents.*.probes", "events.out.tfevents.*")
         files = next(filter(None, (sorted(path.glob(pattern)) for pattern in patterns)), [])
+        if files and files[0].name.endswith(".probes"):
+            files.sort(key=begun_at)
         files += path.glob(FILE_NAME)  # last: of a step recorded twice the later value counts
     if not files and (path / "series.npz").exists():
         raise FileNotFoundError(f"{path} is an incident folder; give its series: {path / 'series.npz'}.")

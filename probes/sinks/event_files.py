@@ -21,8 +21,19 @@ import google_crc32c
 from probes.sinks.step_event import is_image, step_of_scalars
 
 _PREFIX, _SUFFIX = "events.out.tfevents.", ".probes"  # others' files in the directory are not ours to thin
+_WALL_TIME = slice(13, 21)  # of a file's first event: after 12 bytes of frame and the field's tag
 _UNFINISHED = ".thinned-"  # TensorBoard reads whatever has "tfevents" in its name
 _FIRST_EVENT = b"\x1a\x0dbrain.Event:2"  # Event.file_version
+
+
+def begun_at(path: Path) -> float:
+    """Seconds since the epoch when a file was begun, from its first event; 0 of one that has none.
+
+    Names tell whole seconds only, and two sessions of one process may share one.
+    """
+    with path.open("rb") as file:
+        head = file.read(_WALL_TIME.stop)
+    return struct.unpack("<d", head[_WALL_TIME])[0] if len(head) == _WALL_TIME.stop else 0.0
 
 
 class EventFiles:

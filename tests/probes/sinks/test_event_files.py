@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import probes
-from probes.sinks.event_files import EventFiles
+from probes.sinks.event_files import EventFiles, begun_at
 from probes.sinks.step_event import StepEvent
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -93,6 +93,26 @@ def test_a_later_process_keeps_the_budget(tmp_path: Path) -> None:
     steps = steps_of(tmp_path)
     assert steps[0] == 0
     assert steps[-1] > 7900
+
+
+def test_sessions_of_one_second_are_read_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first session's second file and the second session's first one have swapped names."""
+    now = iter(1_700_000_000 + i / 1000 for i in range(100_000))
+    monkeypatch.setattr("probes.sinks.event_files.time.time", lambda: next(now))
+    for name, steps in (("0005", range(100)), ("0000", range(50, 150))):
+        (tmp_path / name).mkdir()
+        files = EventFiles(tmp_path / name, 10 * BUDGET)
+        write(files, steps)
+        files.close()
+        (path,) = (tmp_path / name).iterdir()
+        path.rename(tmp_path / f"events.out.tfevents.1700000000.host.1.{name}.probes")
+        path.parent.rmdir()
+    assert [begun_at(path) for path in sorted(tmp_path.iterdir())] != sorted(
+        map(begun_at, tmp_path.iterdir())
+    )
+    assert steps_of(tmp_path) == [*range(150)]
 
 
 def test_what_others_wrote_is_left_alone(tmp_path: Path) -> None:
