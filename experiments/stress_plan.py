@@ -22,8 +22,8 @@ from experiments.stress_questions import QUESTIONS, Question
 LEASE_MINUTES = 24.0
 # What the sessions are made for.
 NUM_GPUS, SIDE_BY_SIDE = 4, 2
-# Measured on an H100 with the probes on: a step of one cell of 8,192 tokens takes the GPU some 0.055 s and
-# the host 0.08 s, so two runs share one GPU well. A step of the lead takes it 0.22 s, and a second run would
+# Measured with the probes on: a step of one cell of 8,192 tokens takes an H100 some 0.055 s and the host
+# 0.08 s, so two runs share one GPU well. A step of four cells takes an H200 0.18 s, and a second run would
 # double that. Starting a run costs imports, cells and Triton's first calls.
 GPU_SECONDS_PER_CELL = 0.055
 HOST_SECONDS_PER_BLOCK = 0.08 / 12

@@ -221,4 +221,32 @@ QUESTIONS: tuple[Question, ...] = (
         {"learning_rate": 1e-3},
         seeds=(3, 4, 5, 6, 7, 8),
     ),
+    # Added after 42 runs (docs/results/2026-11-23-stress-160m-lead.md), before any run of these.
+    Question(
+        "lead-again",
+        4,
+        "Gradients grow with the collapse of softmax's rows, in one seed; sigmoid's MLPs are frozen as soon "
+        "as attention has filled the residual stream.",
+        "Softmax, 2 of 2: more than half of the layers end below 0.1 nats, the median gradient norm of the "
+        "last thousand steps is more than 10 times that of the calmest thousand, single steps pass 2 orders, "
+        "no sustained 1e4. Sigmoid, 2 of 2: no step after 1,000 above 10 x its median of steps 100-300, "
+        "validation loss lower by 0.1 nats and more, ten or more MLPs at Adam steps below 1e-3.",
+        {"batch_size": 4, "steps": 6000},
+        seeds=(1, 2),
+        takes_whole_gpu=True,
+        may_be_cut=True,
+    ),
+    Question(
+        "lead-forgets",
+        4,
+        "Adam's second moment keeps the gradients of the first steps, five orders above later ones, for "
+        "thousands of steps: an Adam that forgets them sets sigmoid's MLPs free, and then its calm is that "
+        "of a whole model or none.",
+        "Sigmoid: no MLP at Adam steps below 1e-3; validation loss at step 3,000 below the lead's (8.98); "
+        "single steps after 1,000 above 10 x its median of steps 100-300. Softmax: rows collapse as in the "
+        "lead, not earlier by more than a thousand steps.",
+        {"batch_size": 4, "steps": 3000, "betas": (0.9, 0.95), "eps": 1e-15},
+        takes_whole_gpu=True,
+        may_be_cut=True,
+    ),
 )

@@ -22,6 +22,7 @@ def cells(line: str) -> list[str]:
     [
         ("2026-11-22-stress-160m.md", "2026-11-22.zip", 26),
         ("2026-11-22-stress-160m-stressors.md", "2026-11-22-stressors.zip", 14),
+        ("2026-11-23-stress-160m-lead.md", "2026-11-23-lead.zip", 2),
     ],
 )
 def test_table(page, archive, num_runs):
@@ -52,3 +53,30 @@ def test_spikes_belong_to_learning():
         ("sigmoid", False): (11, -0.1),
     }
     assert min(peaks["sigmoid", True]) > max(peaks["sigmoid", False])
+
+
+def test_frozen_mlps_belong_to_sigmoid():
+    """Runs that end with ten and more of twelve MLPs whose Adam steps are below a thousandth of full size."""
+    runs = read_runs([RESULTS / "stress-160m"])
+    frozen: dict[str, list[str]] = {"softmax": [], "sigmoid": []}
+    for name, run in runs.items():
+        sizes = [run.values("adam_update_rms", f"blocks.{block}.mlp.hidden")[-1] for block in range(12)]
+        if sum(size < 1e-3 for size in sizes) >= 10:
+            frozen[run.facts["config"]["mechanism"]].append(name)
+    assert len(runs) == 42
+    assert len(frozen["sigmoid"]) == 16
+    assert frozen["softmax"] == ["post-ln-softmax-seed0"]
+
+
+def test_gradients_grow_with_softmax_alone():
+    """Median of steps 4,000 on over that of the calm steps 2,000 to 3,000, and the largest step over it."""
+    runs = read_runs([RESULTS / "stress-160m" / "2026-11-23-lead.zip"])
+    grown = {}
+    for run in runs.values():
+        norms = run.values("grad_norm")
+        calm = np.median(norms[2000:3000])
+        later = norms[3000:]
+        grown[run.facts["config"]["mechanism"]] = (np.median(norms[4000:]) / calm, later.max() / calm)
+    assert grown["softmax"] == pytest.approx((54.2, 22042), rel=1e-3)
+    assert grown["sigmoid"][0] < 1
+    assert grown["sigmoid"][1] < 3
