@@ -28,6 +28,7 @@ BLOCK = re.compile(r"(<!-- alarms: (?P<names>[\w ]+) -->\n).*?(<!-- end of alarm
 ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
 
 KINDS = {
+    "FrozenLayerDetector": ("frozen-layer",),
     "GradientExplosionDetector": ("gradient-explosion",),
     "InitialisationDetector": ("initialisation",),
     "LossDetector": ("loss-spike",),

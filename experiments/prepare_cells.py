@@ -1,6 +1,6 @@
 """One small file of real cells that the long runs read, for machines that have neither ../shared nor anndata.
 
-    python -m experiments.prepare_cells --out runs/cells.npz         # 133 mouse embryo cells, some 4 MB
+    python -m experiments.prepare_cells --out runs/cells.npz         # 133 mouse embryo cells, some 3.3 MB
 
 Holds out whole embryos for validation, since cells of one embryo resemble each other more than cells of two,
 and keeps the genes that most of the training cells express.

@@ -11,6 +11,7 @@ from stability.divergence.attention import (
 )
 from stability.divergence.detector import ALL_LAYERS, Alert, Detector, Readings
 from stability.divergence.episodes import Episode, EpisodeDetector
+from stability.divergence.frozen_layer import FrozenLayerDetector
 from stability.divergence.gradient_explosion import GradientExplosionDetector
 from stability.divergence.initialisation import InitialisationDetector
 from stability.divergence.loss import LossDetector
@@ -28,6 +29,7 @@ __all__ = [
     "Detector",
     "Episode",
     "EpisodeDetector",
+    "FrozenLayerDetector",
     "GradientExplosionDetector",
     "InitialisationDetector",
     "LossDetector",
@@ -75,6 +77,7 @@ def default_detectors() -> list[Detector]:
                 dense_coupling_detector(),
                 update_rms_detector(),
                 update_ratio_detector(),
+                FrozenLayerDetector(),
             ]
         )
     ]

@@ -26,6 +26,7 @@ _CAUSES = (
     "loss-spike",
     "gradient-explosion",
     "vanishing-gradient",
+    "frozen-layer",
 )
 _MAX_CONSEQUENCES = 8
 

@@ -24,6 +24,12 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     "vanishing-gradient": (_INITIALISATION, "residual connections, normalisation before layers (2002.04745)"),
     "dead-layer": ("leaky ReLU or GELU, smaller learning rate (1903.06733)", _INITIALISATION),
     "loss-spike": (_SKIP, _Z_LOSS, _BETA2, "look at the batch and its labels"),
+    "frozen-layer": (
+        "an Adam that forgets its first steps: beta2 0.95 in place of 0.999; a smaller epsilon where "
+        "gradients are below it",
+        "the residual stream: what one layer adds without bound, layer norm divides out of all others",
+        _WARM_UP,
+    ),
     "entropy-collapse": (_QK_NORM, _SIGMA_REPARAM, _SIGMOID, _WARM_UP),
     "logit-growth": (_QK_NORM, _QK_CLIP, _WARM_UP),
     "saturation": (_SIGMOID_BIAS, _QK_NORM),

@@ -9,6 +9,7 @@ import pytest
 
 from experiments.stress_ledger import COLUMNS, markdown_table, read_runs
 from experiments.sustained_explosion import judge_long_run
+from stability.divergence import FrozenLayerDetector
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
 
@@ -80,3 +81,21 @@ def test_gradients_grow_with_softmax_alone():
     assert grown["softmax"] == pytest.approx((54.2, 22042), rel=1e-3)
     assert grown["sigmoid"][0] < 1
     assert grown["sigmoid"][1] < 3
+
+
+def test_the_detector_tells_of_frozen_layers():
+    told: dict[str, list[int]] = {"softmax": [], "sigmoid": []}
+    for run in read_runs([RESULTS / "stress-160m"]).values():
+        sizes: dict[int, dict[str, float]] = {}
+        for series, (steps, values) in run.series.items():
+            if series.quantity == "adam_update_rms":
+                for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+                    sizes.setdefault(step, {})[series.layer] = value
+        detector = FrozenLayerDetector()
+        alerts = [
+            alert
+            for step in sorted(sizes)
+            for alert in detector.update(step, {"adam_update_rms": sizes[step]})
+        ]
+        told[run.facts["config"]["mechanism"]] += [alert.step for alert in alerts[:1]]
+    assert (len(told["sigmoid"]), told["sigmoid"].count(400), len(told["softmax"])) == (18, 17, 2)

@@ -10,6 +10,7 @@ import pytest
 
 from stability.divergence import (
     Detector,
+    FrozenLayerDetector,
     GradientExplosionDetector,
     InitialisationDetector,
     LossDetector,
@@ -30,6 +31,7 @@ DETECTORS: list[Callable[[], Detector]] = [
     InitialisationDetector,
     GradientExplosionDetector,
     VanishingGradientDetector,
+    lambda: FrozenLayerDetector(num_records=1),
     LossDetector,
     entropy_collapse_detector,
     logit_growth_detector,
@@ -42,6 +44,8 @@ def everything_goes_wrong(readings: Step, since: int) -> None:
     for quantity in ("attention/max_logit", "attention/entropy", "update_ratio"):
         for layer in readings.get(quantity, {}):
             readings[quantity][layer] *= 1e3 if quantity != "attention/entropy" else 1e-3
+    if "adam_update_rms" in readings:
+        readings["adam_update_rms"]["head"] *= 1e-5
     readings["weight_norm"]["head"] *= 1.1**since
     readings["grad_norm"]["embedding"] = 0.0
     readings["grad_norm"]["head"] *= 2.0**since

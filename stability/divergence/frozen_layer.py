@@ -1,0 +1,112 @@
+"""Layers that Adam no longer moves, while it moves others."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from stability.divergence.detector import ALL_LAYERS, Alert, Readings
+from stability.divergence.remedies import REMEDIES
+from stability.divergence.track import Tracks, origin
+
+_ALIVE = 10.0  # times the limit
+_WINDOW = 1  # no range is needed: a full Adam step is 1 in every layer
+
+
+class FrozenLayerDetector:
+    """Alerts when Adam's steps in a layer are a vanishing part of full size, while others are not.
+
+    Adam divides a gradient by the root of what it remembers of the layer's squared gradients. Where gradients
+    have fallen by orders of magnitude since the first steps, or lie below ε, next to nothing is left, and
+    weight decay alone moves the weights, however calm the training looks. A layer is frozen ("frozen-layer")
+    when `adam_update_rms` is below ``limit`` for ``num_records`` records in a row while that of at least one
+    other layer is above ten times the limit: a training that has learned everything has small gradients
+    everywhere. A gradient that is exactly zero is `VanishingGradientDetector`'s. Named is the layer that
+    froze first, of several the first in the forward pass.
+
+    Args:
+        limit: √mean(g²/v̂), 1 where gradients are what they have been.
+        num_records: Records in a row, every two hundredth step by default.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Source:
+        Own; the limit is calibrated (docs/detectors.md).
+
+    Example:
+        >>> detector = FrozenLayerDetector()
+        >>> for step, size in [(0, 1.0), (200, 3e-5), (400, 3e-5)]:
+        ...     alerts = detector.update(step, {"adam_update_rms": {"mlp": size, "head": 0.5}})
+        >>> alerts[0].layer, alerts[0].kind, alerts[0].onset_step
+        ('mlp', 'frozen-layer', 200)
+    """
+
+    def __init__(self, *, limit: float = 1e-3, num_records: int = 2) -> None:
+        if not 0 < limit < 1 / _ALIVE:
+            raise ValueError(
+                f"limit must lie between 0 and {1 / _ALIVE:g}, since others must be {_ALIVE:g} times above "
+                f"it and full size is 1; got {limit}."
+            )
+        if num_records < 1:
+            raise ValueError(f"num_records must be at least 1; got {num_records}.")
+        self._limit = limit
+        self._num_records = num_records
+        self._tracks = Tracks(_WINDOW)
+        self._num_frozen: dict[str, int] = {}  # records in a row, by layer
+        self._is_reported = False
+
+    def update(self, step: int, readings: Readings) -> list[Alert]:
+        """See :class:`~stability.divergence.Detector`."""
+        sizes = {
+            layer: size
+            for layer, size in readings.get("adam_update_rms", {}).items()
+            if layer != ALL_LAYERS and 0 < size < math.inf
+        }
+        if not sizes:
+            return []
+        layers, values = list(sizes), np.array(list(sizes.values()))
+        self._tracks.add(step, self._tracks.rows(layers), values, self._limit / values)
+        for layer, size in sizes.items():
+            self._num_frozen[layer] = self._num_frozen.get(layer, 0) + 1 if size < self._limit else 0
+        frozen = [layer for layer in layers if self._num_frozen[layer] >= self._num_records]
+        is_any_alive = bool((values > _ALIVE * self._limit).any())
+        is_fault = bool(frozen) and (is_any_alive or self._is_reported)
+        begins, self._is_reported = is_fault and not self._is_reported, is_fault
+        return [self._alert(step, frozen, len(layers))] if begins else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`~stability.divergence.Detector`."""
+        return {
+            "tracks": self._tracks.state_dict(),
+            "num_frozen": dict(self._num_frozen),
+            "is_reported": self._is_reported,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :class:`~stability.divergence.Detector`."""
+        self._tracks = Tracks(_WINDOW, state["tracks"])
+        self._num_frozen = dict(state["num_frozen"])
+        self._is_reported = state["is_reported"]
+
+    def _alert(self, step: int, frozen: list[str], num_layers: int) -> Alert:
+        layer, spread = origin(self._tracks, frozen, ties="first")
+        track = self._tracks[layer]
+        size = track.recent[-1][1]
+        return Alert(
+            step,
+            layer,
+            "adam_update_rms",
+            "warning",
+            size,
+            self._limit,
+            f"Adam hardly moves it: its steps are {size:.1g} of full size since step {track.onset}, while "
+            f"other layers learn; {len(frozen)} of {num_layers} layers.",
+            kind="frozen-layer",
+            onset_step=track.onset,
+            evidence=track.recent,
+            spread=spread,
+            remedies=REMEDIES["frozen-layer"],
+        )
