@@ -39,7 +39,7 @@ class JacobianNorms(NamedTuple):
         infinity: ‖J‖_∞, the largest absolute row sum.
         infinity_to_one: ‖J‖_{∞→1}; an upper bound where `infinity_to_one_is_exact` is False.
         trace: Trace J, which is also the nuclear norm.
-        off_diagonal_share: Off-diagonal energy over ‖J‖_F², in [0, 1); 0 where J is zero.
+        off_diagonal_share: Off-diagonal energy over ‖J‖_F², in [0, ½]; 0 where J is zero.
         infinity_to_one_is_exact: Boolean.
 
     Example:

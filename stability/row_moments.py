@@ -64,12 +64,12 @@ class SoftmaxRowMoments:
 
     @cached_property
     def frobenius(self) -> Tensor:
-        """‖J‖_F."""
+        """‖J‖_F; at most 1/2."""
         return self.p2 * self._energy.sqrt()
 
     @cached_property
     def off_diagonal_share(self) -> Tensor:
-        """Off-diagonal energy over ‖J‖_F², in [0, 1); 0 where J is zero."""
+        """Off-diagonal energy over ‖J‖_F², in [0, ½]; 0 where J is zero."""
         off_diagonal = 2 * self._p1_squared * self.t2 + self._p2_squared * (self.t2 * self.t2 - self.t4)
         return (off_diagonal / self._energy).masked_fill_(self.t2 == 0, 0.0)
 

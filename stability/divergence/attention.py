@@ -142,7 +142,7 @@ def jacobian_growth_detector(*, limit: float = 1.0, ratio: float = 4.0) -> Quant
     """Row Jacobians ∂weights/∂logits that pass on more than softmax's ever can.
 
     Args:
-        limit: Frobenius norm; that of softmax is at most √½ ≈ 0.71, that of sigmoid √n/4.
+        limit: Frobenius norm; that of softmax is at most ½, so only sigmoid, with √n/4, can get there.
         ratio: Norm over its median.
 
     Source:

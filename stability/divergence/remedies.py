@@ -34,7 +34,7 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     "logit-growth": (_QK_NORM, _QK_CLIP, _WARM_UP),
     "saturation": (_SIGMOID_BIAS, _QK_NORM),
     "row-sum-growth": (_SIGMOID_BIAS,),
-    "jacobian-growth": (_QK_NORM, _SIGMOID),
+    "jacobian-growth": (_SIGMOID_BIAS, _QK_NORM),  # softmax cannot reach the limit
     "dense-coupling": (_SIGMOID, _QK_NORM),
     "update-rms": (_BETA2, _WARM_UP),
     "update-ratio": (_WARM_UP, "a learning rate of its own for the layer (muP, 2203.03466)"),

@@ -227,6 +227,7 @@ def test_bounds_hold_at_every_finite_row(values: list[float]) -> None:
     assert softmax_jacobian(logits).abs().max() <= 0.25 * (1 + 4 * EPS)
     assert softmax.spectral <= 0.5 * (1 + 4 * EPS)
     assert softmax.infinity <= 0.5 * (1 + 4 * EPS)
+    assert softmax.frobenius <= 0.5 * (1 + 8 * EPS)
     assert softmax.infinity_to_one <= 1 + 4 * EPS
     assert sigmoid.spectral <= 0.25 * (1 + 4 * EPS)
     for norms in (softmax, sigmoid):
@@ -234,7 +235,7 @@ def test_bounds_hold_at_every_finite_row(values: list[float]) -> None:
         assert norms.spectral <= norms.frobenius * (1 + 8 * EPS)
         assert norms.spectral <= norms.infinity * (1 + 8 * EPS)
         assert norms.frobenius <= norms.trace * (1 + 8 * EPS)
-        assert 0 <= norms.off_diagonal_share < 1
+        assert 0 <= norms.off_diagonal_share <= 0.5 * (1 + 8 * EPS)
 
 
 @settings(deadline=None)

@@ -4,7 +4,7 @@ The sigmoid in three methods, chosen by what the inputs can show (largest relati
 
     EX2      1 / (1 + 2^(−x log₂e)), ex2.approx and rcp.approx     3e-6, far below what half precision rounds
     FLOAT32  the same with the product −x log₂e in two parts       5e-7
-    TANH     ½ + ½ tanh(x/2), tanh.approx: one instruction less    absolute error 2e-6, so σ(−12) is noise
+    TANH     ½ + ½ tanh(x/2), tanh.approx: one instruction less    absolute error 2e-6: noise below −12
 
 Padding is silenced where it is loaded: a padded query, key, value or gradient row is read as zeros whatever
 it holds, and a product with zeros adds nothing. Only the causal order needs a mask on the weights themselves.

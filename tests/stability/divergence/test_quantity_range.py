@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from stability.divergence import (
+    REMEDIES,
     QuantityRangeDetector,
     dense_coupling_detector,
     entropy_collapse_detector,
@@ -51,6 +52,13 @@ def test_each_family_is_quiet_on_healthy_runs(
 ) -> None:
     for seed in range(5):
         assert not verdicts(make(), enumerate(healthy(600, seed)))
+
+
+def test_jacobian_growth_is_sigmoids_and_so_are_its_remedies() -> None:
+    detector = jacobian_growth_detector()
+    for step, norm in enumerate([1e-3, 1e-3, 1e-3, 0.5]):  # ½ is as far as softmax gets
+        assert not detector.update(step, {"attention/jacobian_frobenius": {"a": norm}})
+    assert not [remedy for remedy in REMEDIES["jacobian-growth"] if "row Jacobian is diagonal" in remedy]
 
 
 def test_the_sentence_says_how_many_layers_do_the_same() -> None:
