@@ -129,7 +129,7 @@ def _facts(training: PatientTraining) -> dict[str, Any]:
 
 
 def _kept_records(arrays: Arrays) -> Arrays:
-    """Loss, gradient norm and attention of whole layers: a tenth of what the probes record."""
+    """Loss, gradient norm, attention and Adam's steps of whole layers: a tenth of what the probes record."""
     names = [Series(*fields) for fields in json.loads(str(arrays["names"]))]
     kept = [
         i
@@ -137,6 +137,7 @@ def _kept_records(arrays: Arrays) -> Arrays:
         if series.head is None
         and (
             series.quantity.startswith("attention/")
+            or series.quantity == "adam_update_rms"  # tells of layers that are frozen
             or (series.layer == ALL_LAYERS and series.quantity in ("loss", "grad_norm"))
         )
     ]

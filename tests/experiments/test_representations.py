@@ -78,6 +78,7 @@ def test_a_run_keeps_what_the_report_needs(work):
     assert "groups" not in arrays  # these cells name none
     assert run.facts["held_out_loss"] == pytest.approx(arrays["losses"].sum() / arrays["hidden"].sum())
     assert run.facts["is_diverged"] is False
+    assert "blocks.0.mlp.hidden" in run.records.layers("adam_update_rms")
     assert run.facts["best_step"] in {step for step, _ in run.facts["validation"]}
     assert len(run.records.values("loss")) == run.facts["steps"]
     assert run.records.layers("attention/entropy")
