@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from probes.alerts import AlertAction, OnDivergence
 from probes.arguments import check_count, check_flag, check_log_dir, check_members
 from probes.delivery import Delivery
+from probes.detector_quantities import check_quantities
 from probes.distributed import join_ranks, told_of, unwrapped
 from probes.failures import ProbeWarning
 from probes.flight_recorder import FlightRecorder, set_aside
@@ -110,8 +111,8 @@ def attach(
         TypeError: If an argument has the wrong type.
         ValueError: If the model has no parameters, is compiled or is watched already, a pattern of
             ``layers`` matches nothing, ``log_dir`` is empty, a number is out of range, ``on_divergence`` is
-            unknown, ``same_step`` is missing for it or has not exactly one optimizer, or the processes differ
-            in what must be the same.
+            unknown, a detector reads a quantity that is never recorded, ``same_step`` is missing for it or
+            has not exactly one optimizer, or the processes differ in what must be the same.
         OSError: If ``log_dir`` cannot be written.
 
     Example:
@@ -147,6 +148,7 @@ def attach(
     check_members("sinks", sinks, Sink, "probes.sinks.JsonLinesSink(path)")
     if detectors is not None:
         check_members("detectors", detectors, Detector, "stability.divergence.NonFiniteDetector()")
+        check_quantities(detectors)
     if hparams is not None:
         check_hparams(hparams)
     schedule = Schedule(

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+from probes.detector_quantities import AwaitedLosses
 from probes.failures import call_or_drop
 from stability.divergence import Alert, Detector, Episode, EpisodeDetector, Readings
 
@@ -26,12 +27,14 @@ class Detection:
 
     def __init__(self, detectors: Sequence[Detector], *, can_forget: bool) -> None:
         self._detectors = list(detectors)
+        self._awaited = AwaitedLosses(detectors)
         self._can_forget = can_forget
         self._saved: Memory = []
         self._since: list[tuple[int, Readings]] = []
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """The alerts of a step."""
+        self._awaited.see(readings)
         if self._can_forget:
             if not self._saved or len(self._since) == SAVE_EVERY:
                 self._saved, self._since = self.memory(), []

@@ -12,7 +12,7 @@ from probes.grids import group_steps
 from probes.page import HOW_TO_READ, document, draw
 from probes.pictures import RunView, pictures
 from probes.record import StepRecords
-from probes.story import describe, in_short, number, onset, unit
+from probes.story import describe, in_short, number, onset, unit, where
 from stability.divergence import Alert
 from stability.html_table import html_table
 
@@ -107,8 +107,8 @@ def _traceback(error: BaseException) -> str:
 def _title(incident: Incident) -> str:
     what = incident.kind.replace("-", " ")
     is_end = incident.error is not None or incident.kind == "exit"
-    where = f" in {incident.alert.layer}" if incident.alert and not is_end else ""
-    return f"Step {incident.step}: {what}{where}"
+    place = f" {where(incident.alert.layer)}" if incident.alert and not is_end else ""
+    return f"Step {incident.step}: {what}{place}"
 
 
 def _tables(incident: Incident) -> Iterable[tuple[str, list[list[str]]]]:

@@ -22,7 +22,8 @@ class Alert:
 
     Attributes:
         step: Optimizer step whose numbers led to the verdict.
-        layer: Layer where it began; ALL_LAYERS where it is nobody's (the loss, the learning rate).
+        layer: Layer where it began; ALL_LAYERS where it is nobody's (the loss, the learning rate), or nothing
+            recorded tells whose.
         quantity: Quantity that showed it.
         severity: "warning", or "divergence" where training as it runs will not recover by itself.
         value: The quantity's value at that step.

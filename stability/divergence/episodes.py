@@ -107,6 +107,11 @@ class EpisodeDetector:
         self._last_step = 0
 
     @property
+    def detectors(self) -> tuple[Detector, ...]:
+        """Whose verdicts are merged."""
+        return self._detectors
+
+    @property
     def episode(self) -> Episode | None:
         """The newest episode, with the consequences that were not told; None before the first."""
         return self._episode

@@ -27,8 +27,9 @@ class GradientExplosionDetector:
     way, on the logarithmic scale), of several the one nearest to the loss, since gradients grow on their way
     back from there. Before there is a history, the norm of the whole model is compared with its first one in
     the same ratios; single layers are not, since those behind an output that starts at zero begin with no
-    gradient at all. One alert per severity and episode; an episode ends when every layer is back in its
-    range.
+    gradient at all. A warning says when the rate of growth will make it an explosion, unless the layer left
+    its range in this very step. One alert per severity and episode; an episode ends when every layer is back
+    in its range.
 
     Args:
         quantity: "grad_norm", or "activation_grad_norm", which also grows where the script clips gradients.
@@ -43,8 +44,8 @@ class GradientExplosionDetector:
         min_history: Values before a layer is judged; the first steps' transient has no reference.
 
     Raises:
-        ValueError: If the ratios are not 1 < warning ≤ divergence, ``num_spreads`` is negative, or the
-            history is longer than the window.
+        ValueError: If the quantity is another, the ratios are not 1 < warning ≤ divergence, ``num_spreads``
+            is negative, or the history is longer than the window.
 
     Source:
         Robust statistics of the log norm: ZClip 2504.02507, AdaGC 2502.11034.
@@ -67,6 +68,8 @@ class GradientExplosionDetector:
         window: int = 100,
         min_history: int = 20,
     ) -> None:
+        if quantity not in _WHAT:
+            raise ValueError(f"quantity must be one of {', '.join(_WHAT)}; got {quantity!r}.")
         if not 1 < warning_ratio <= divergence_ratio:
             raise ValueError(
                 "the ratios must obey 1 < warning_ratio <= divergence_ratio; "
@@ -171,7 +174,8 @@ class GradientExplosionDetector:
         points = track.recent[-_GROWTH_STEPS:]
         growth = (math.log(points[-1][1]) - math.log(points[0][1])) / max(1, points[-1][0] - points[0][0])
         missing = self._divergence - math.log(norm / reference)
-        if severity == "warning" and growth > 0 < missing:
+        is_single = track.onset == step  # a spike more often than growth, and no rate can be read from it
+        if severity == "warning" and growth > 0 < missing and not is_single:
             reason += (
                 f"; it grows by {math.expm1(growth):.0%} a step and reaches "
                 f"{math.exp(self._divergence):.0e} × in about {math.ceil(missing / growth)} steps"

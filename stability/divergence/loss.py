@@ -112,6 +112,11 @@ class LossDetector:
         self._recent: deque[tuple[int, float]] = deque(maxlen=MAX_EVIDENCE)
         self._num_calm: int | None = None  # steps since the episode's last alarm; None: no episode
 
+    @property
+    def name(self) -> str:
+        """Under which the loss is logged."""
+        return self._name
+
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
         loss = readings.get(self._name, {}).get(ALL_LAYERS, math.nan)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings
@@ -20,6 +19,7 @@ _FIRST_LAYER = ("weight_norm", _LOGITS, "activation_rms", "activation_max_abs")
 _LOSS = "loss"
 _LAST_LAYER = ("activation_grad_norm", "grad_norm", "adam_update_rms", "update_ratio")
 _OUTPUTS = ("activation_rms", "activation_max_abs")
+_NOT_KNOWN = "outputs were not measured at this step, so the layer is not known"
 _HOW_TO_KNOW = (
     "to know the layer, measure outputs at every step (activations_every=1) and run again from the last "
     "checkpoint before this step"
@@ -42,10 +42,11 @@ class NonFiniteDetector:
 
     There is no threshold. Of all layers that are not finite in the same step the origin is named: the first
     in the forward pass for weights and outputs, the last one (where the backward pass enters) for gradients.
-    A step in which every gradient is broken was broken before its backward pass began, by the batch or
-    between two layers; unless an output says where, the first layer is named. Where outputs were not measured
-    at that step the alert says that the layer is a guess, and how to know it. One alert per episode; a finite
-    step ends it.
+    A step in which every gradient is broken was broken before its backward pass began: by the batch, between
+    two layers, or in the loss. Unless an output says where, no layer is named; where outputs were not
+    measured at that step the alert says so, and how to know the layer. Numbers that the script logs (losses
+    of any name) are no alarm by themselves; one that ceases to be finite in the step in which gradients do is
+    what they broke with, and is named. One alert per episode; a finite step ends it.
 
     Gradients of a step that a GradScaler skipped do not count, since it tries again with a smaller scale,
     until it has skipped ``max_skipped`` steps in a row.
@@ -75,10 +76,10 @@ class NonFiniteDetector:
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
-        for quantity in _WHAT:
-            if quantity in readings:
+        for quantity, values in readings.items():
+            if quantity in _WHAT or _is_logged(quantity, values):
                 recent = self._recent.setdefault(quantity, deque(maxlen=MAX_EVIDENCE // 2))
-                recent.append((step, readings[quantity]))
+                recent.append((step, values))
         if "skipped_step" in readings:
             is_skipped = readings["skipped_step"].get(ALL_LAYERS, 0.0) > 0
             self._num_skipped = self._num_skipped + 1 if is_skipped else 0
@@ -119,32 +120,65 @@ class NonFiniteDetector:
             # The whole model's value names no layer; it counts where nothing more precise is recorded.
             layers = [layer for layer in values if layer != ALL_LAYERS] or [ALL_LAYERS]
             broken = [layer for layer in broken if layer in layers] or broken
-            if not broken:
-                continue
-            inner = innermost(broken)
-            layer = inner[0 if quantity in _FIRST_LAYER or len(broken) == len(layers) else -1]
-            how_many = f"{len(broken)} of {len(layers)} layers"
-            # Logits that are broken in every layer came in broken: before attention less is measured.
-            is_unclear = quantity == _LOSS or (quantity == _LOGITS and len(broken) == len(layers))
-            if is_unclear and not is_excused:
-                layer, how_many = self._where_all_gradients_broke(readings) or (layer, how_many)
-            alert = self._alert(step, layer, quantity, broken, how_many + _logged(readings))
-            return _as_guess(alert) if _is_guess(alert, readings) else alert
+            if broken:
+                return self._verdict(step, readings, quantity, broken, len(layers), is_excused)
         return None
 
-    def _where_all_gradients_broke(self, readings: Readings) -> tuple[str, str] | None:
-        gradients = {k: v for k, v in readings.get("grad_norm", {}).items() if k != ALL_LAYERS}
-        broken = [layer for layer, norm in gradients.items() if not math.isfinite(norm)]
-        if broken and len(broken) == len(gradients):
-            how_many = "and every layer's gradient with it: the batch, or a value between layers"
-            return innermost(broken)[0], how_many
-        return None
+    def _verdict(
+        self,
+        step: int,
+        readings: Readings,
+        quantity: str,
+        broken: list[str],
+        num_layers: int,
+        is_excused: bool,
+    ) -> Alert:
+        """The alert of the first quantity that is broken: about what it broke with, where that is known."""
+        is_everywhere = len(broken) == num_layers
+        inner = innermost(broken)
+        layer = inner[0 if quantity in _FIRST_LAYER else -1]
+        how_many = f"{len(broken)} of {num_layers} layers"
+        if quantity in _LAST_LAYER:
+            if is_everywhere and num_layers > 1:
+                layer = ALL_LAYERS
+            lost = next((name for name in readings if self._ceased_to_be_finite(name, step)), None)
+            if lost is not None:
+                how_many = f"with it {quantity} of {how_many}"
+                quantity, layer = lost, ALL_LAYERS
+        # Logits that are broken in every layer came in broken: before attention less is measured.
+        is_unclear = quantity not in _FIRST_LAYER or (quantity == _LOGITS and is_everywhere)
+        remedies = REMEDIES["non-finite"]
+        if is_unclear and not is_excused and _has_every_gradient_broken(readings):
+            layer = ALL_LAYERS
+            how_many = "every layer's gradient is broken: the batch, a value between layers, or the loss"
+            if not _has_outputs(readings):
+                how_many += f"; {_NOT_KNOWN}"
+                remedies = (_HOW_TO_KNOW, *remedies)
+        how_many += _logged(readings, quantity)
+        return self._alert(step, layer, quantity, broken, how_many, remedies)
 
-    def _alert(self, step: int, layer: str, quantity: str, broken: list[str], how_many: str) -> Alert:
+    def _ceased_to_be_finite(self, name: str, step: int) -> bool:
+        """Whether it is a number that the script logs, and this its first value that is not finite."""
+        recent = list(self._recent.get(name, ()))[-2:]
+        if name in _WHAT or len(recent) < 2 or recent[-1][0] != step:
+            return False
+        before, now = (values[ALL_LAYERS] for _, values in recent)
+        return math.isfinite(before) and not math.isfinite(now)
+
+    def _alert(
+        self,
+        step: int,
+        layer: str,
+        quantity: str,
+        broken: list[str],
+        how_many: str,
+        remedies: tuple[str, ...],
+    ) -> Alert:
         recent = self._recent[quantity]
-        shown = layer if layer in recent[-1][1] else broken[0]  # the loss, of a layer that has none
+        shown = layer if layer in recent[-1][1] else broken[0]  # the whole model, where it has no value
         evidence = tuple((at, values[shown]) for at, values in recent if shown in values)
         value = evidence[-1][1]
+        what = f"{_WHAT[quantity]} {value} ({quantity})" if quantity in _WHAT else _in_words(quantity, value)
         tried = ""
         if self._num_skipped > self._max_skipped:
             tried = f" {self._num_skipped} updates in a row were skipped: the loss scale is not the reason."
@@ -155,38 +189,43 @@ class NonFiniteDetector:
             "divergence",
             value,
             None,
-            f"{_WHAT[quantity]} {value} ({quantity}); {how_many}.{tried}",
+            f"{what}; {how_many}.{tried}",
             kind="non-finite",
             onset_step=step,
             evidence=evidence,
             spread=tuple(name for name in broken if name != layer),
-            remedies=REMEDIES["non-finite"],
+            remedies=remedies,
         )
 
 
-def _logged(readings: Readings) -> str:
-    """Numbers that the script logged, other than the loss, that are not finite either."""
+def _is_logged(quantity: str, values: Mapping[str, float]) -> bool:
+    return quantity != "skipped_step" and values.keys() == {ALL_LAYERS}
+
+
+def _logged(readings: Readings, told: str) -> str:
+    """Numbers that the script logged, other than the loss and what is told already, that are not finite."""
     return "".join(
-        f"; {name}, which the script logged, is {values[ALL_LAYERS]}"
+        f"; {_in_words(name, values[ALL_LAYERS])}"
         for name, values in readings.items()
-        if name not in _WHAT and values.keys() == {ALL_LAYERS} and not math.isfinite(values[ALL_LAYERS])
+        if name not in _WHAT
+        and name != told
+        and _is_logged(name, values)
+        and not math.isfinite(values[ALL_LAYERS])
     )
 
 
-def _is_guess(alert: Alert, readings: Readings) -> bool:
-    """Whether the layer is the first of many whose gradients all broke, with no output to tell them apart."""
+def _in_words(name: str, value: float) -> str:
+    return f"{name}, which the script logged, is {value}"
+
+
+def _has_every_gradient_broken(readings: Readings) -> bool:
+    """Whether there are several layers, none of which has a finite gradient."""
     gradients = [norm for layer, norm in readings.get("grad_norm", {}).items() if layer != ALL_LAYERS]
-    return (
-        (alert.quantity == "grad_norm" or alert.layer not in readings[alert.quantity])
-        and len(gradients) > 1
-        and not any(math.isfinite(norm) for norm in gradients)
-        and not any(layer != ALL_LAYERS for quantity in _OUTPUTS for layer in readings.get(quantity, {}))
-    )
+    return len(gradients) > 1 and not any(math.isfinite(norm) for norm in gradients)
 
 
-def _as_guess(alert: Alert) -> Alert:
-    reason = f"{alert.reason} Outputs were not measured at this step, so the layer is a guess."
-    return replace(alert, reason=reason, remedies=(_HOW_TO_KNOW, *alert.remedies))
+def _has_outputs(readings: Readings) -> bool:
+    return any(layer != ALL_LAYERS for quantity in _OUTPUTS for layer in readings.get(quantity, {}))
 
 
 def _is_fine(quantity: str, value: float) -> bool:

@@ -26,7 +26,7 @@ class QuantityRangeDetector:
     an episode, which ends when every layer is back.
 
     Args:
-        quantity: Which.
+        quantity: Which. Of a probe one of its own; :func:`probes.attach` refuses others, which no layer has.
         kind: Of its alerts.
         meaning: What it means, for the reason.
         bad: Whether large or small values are.
@@ -74,6 +74,11 @@ class QuantityRangeDetector:
         self._sign = 1 if bad == "large" else -1
         self._tracks = Tracks(window)
         self._is_reported = False
+
+    @property
+    def quantity(self) -> str:
+        """What it reads, of layers; numbers of the whole model are left out."""
+        return self._quantity
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""

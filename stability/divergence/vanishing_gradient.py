@@ -12,6 +12,7 @@ from stability.divergence.remedies import REMEDIES
 from stability.divergence.track import ONSET_SCORE, Tracks, logs, origin
 
 _ALIVE = math.log(10)
+_LOG_CHANCE = math.log(1e-6)
 
 
 class VanishingGradientDetector:
@@ -21,14 +22,16 @@ class VanishingGradientDetector:
     vanishing ("vanishing-gradient") when it is below the median of its last ``window`` values by ``ratio``
     and by ``num_spreads`` of their spread for as long; both only while at least one other layer's is within a
     factor 10 of its own median, because a training that has learned everything has small gradients
-    everywhere. Of several layers that go at the same step the last in the forward pass is named: what dies
-    there, dies before it too.
+    everywhere. A layer whose gradient comes and goes (an expert that few tokens are routed to) has to be
+    without one for longer: until a run of that many steps would come by chance once in a million times, were
+    steps independent, at the share of steps that brought it none so far. One that never had a gradient is
+    dead after ``window`` steps. Of several layers that go at the same step the last in the forward pass is
+    named: what dies there, dies before it too.
 
     Args:
         ratio: Median over norm that counts as vanished.
         num_spreads: Robust standard deviations under the median.
-        num_steps: Steps in a row before the verdict; a single batch may leave a layer out (experts, rare
-            tokens).
+        num_steps: Least number of steps in a row before the verdict.
         window: Values that the median covers.
         min_history: Values before the first verdict on a vanishing gradient.
 
@@ -39,14 +42,14 @@ class VanishingGradientDetector:
         Dying ReLU: Lu et al. 1903.06733. The thresholds are calibrated (docs/detectors.md).
 
     Example:
-        >>> detector = VanishingGradientDetector(num_steps=2, min_history=3)
-        >>> for step in range(4):
+        >>> detector = VanishingGradientDetector()
+        >>> for step in range(40):
         ...     assert not detector.update(step, {"grad_norm": {"a": 1.0, "b": 1.0}})
-        >>> detector.update(4, {"grad_norm": {"a": 0.0, "b": 1.0}})
-        []
-        >>> [alert] = detector.update(5, {"grad_norm": {"a": 0.0, "b": 1.0}})
+        >>> for step in range(40, 44):
+        ...     assert not detector.update(step, {"grad_norm": {"a": 0.0, "b": 1.0}})
+        >>> [alert] = detector.update(44, {"grad_norm": {"a": 0.0, "b": 1.0}})
         >>> alert.layer, alert.kind, alert.onset_step
-        ('a', 'dead-layer', 4)
+        ('a', 'dead-layer', 40)
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class VanishingGradientDetector:
         self._min_history = min_history
         self._tracks = Tracks(window)
         self._num_gone: dict[str, int] = {}  # steps in a row, by layer
+        self._num_present: dict[str, int] = {}  # other steps
+        self._num_steps_seen = 0
         self._is_reported = False
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
@@ -102,9 +107,17 @@ class VanishingGradientDetector:
         is_any_alive = bool((medians - log_norms[judged] < _ALIVE).any())
         self._tracks.append(rows[~is_zero], log_norms[~is_zero])
         self._tracks.add(step, rows, values, scores)
+        self._num_steps_seen += 1
         for layer, is_gone in zip(layers, (scores >= 1).tolist(), strict=True):
-            self._num_gone[layer] = self._num_gone.get(layer, 0) + 1 if is_gone else 0
-        gone = [layer for layer in layers if self._num_gone[layer] >= self._num_steps]
+            num_gone = self._num_gone.get(layer, 0)
+            self._num_gone[layer] = num_gone + 1 if is_gone else 0
+            if not is_gone:
+                self._num_present[layer] = self._num_present.get(layer, 0) + 1
+        gone = [
+            layer
+            for layer in layers
+            if self._num_gone[layer] >= self._num_steps and self._num_gone[layer] >= self._patience(layer)
+        ]
         is_fault = bool(gone) and (is_any_alive or self._is_reported)
         begins, self._is_reported = is_fault and not self._is_reported, is_fault
         return [self._alert(step, gone, len(layers))] if begins else []
@@ -114,6 +127,8 @@ class VanishingGradientDetector:
         return {
             "tracks": self._tracks.state_dict(),
             "num_gone": dict(self._num_gone),
+            "num_present": dict(self._num_present),
+            "num_steps_seen": self._num_steps_seen,
             "is_reported": self._is_reported,
         }
 
@@ -121,7 +136,19 @@ class VanishingGradientDetector:
         """See :class:`~stability.divergence.Detector`."""
         self._tracks = Tracks(self._window, state["tracks"])
         self._num_gone = dict(state["num_gone"])
+        self._num_present = dict(state["num_present"])
+        self._num_steps_seen = state["num_steps_seen"]
         self._is_reported = state["is_reported"]
+
+    def _patience(self, layer: str) -> float:
+        """Steps in a row without a gradient that are no habit of this layer."""
+        num_present = self._num_present.get(layer, 0)
+        if not num_present:
+            return self._window
+        # Before this row, those of no gradient at all (None) among them; one more, as in Laplace's rule: no
+        # layer is sure never to miss one.
+        num_absent = self._num_steps_seen - self._num_gone[layer] - num_present + 1
+        return _LOG_CHANCE / math.log(num_absent / (num_absent + num_present))
 
     def _alert(self, step: int, gone: list[str], num_layers: int) -> Alert:
         layer, spread = origin(self._tracks, gone, ties="last")

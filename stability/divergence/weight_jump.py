@@ -23,7 +23,9 @@ class WeightJumpDetector:
     the habit, or over that and the excess of most layers: what all layers do at once is the learning rate's
     doing, not theirs. A layer has jumped when ``|δ|`` reaches ``min_change`` and u ``ratio``, and either its
     surprise ``|δ|`` u² reaches ``surprise`` or u alone ``max_ratio``: how unusual a change is tells a fault
-    from a training in motion better than how large it is.
+    from a training in motion better than how large it is. A step whose gradient was exactly zero (an expert
+    that no token was routed to) teaches no habit: weight decay and momentum alone move weights far less than
+    the next gradient will.
 
     What most layers do is an alert of its own, for the whole model: the lower median of ``|δ|`` over the
     layers reaches ``common_ratio`` times the largest of the steps that were in range (one alert until it is
@@ -33,8 +35,9 @@ class WeightJumpDetector:
     Args:
         surprise: Change times excess squared. Calibrated: clean runs reach 0.8, query and key weights that
             grow by 5 % a step 0.9 to 3 at once (docs/detectors.md).
-        min_change: Least change worth a word; at the end of a training habits are smaller by orders of
-            magnitude.
+        min_change: Least change worth a word, however unusual: 1e-3 is the usual size of an update, and at
+            the end of a training habits are smaller by orders of magnitude. The smallest change of a fault
+            that the fault suite's recordings tell by its jump is 1.6e-3.
         ratio: Least excess. Calibrated with ``surprise``.
         max_ratio: Excess that needs no surprise, of a layer alone. Calibrated: clean runs reach 8.5, where a
             layer's second moment was scaled by 10⁻³ or less 14 to hundreds.
@@ -62,7 +65,7 @@ class WeightJumpDetector:
         self,
         *,
         surprise: float = 1.1,
-        min_change: float = 2e-4,
+        min_change: float = 1e-3,
         ratio: float = 3.0,
         max_ratio: float = 12.0,
         common_ratio: float = 4.0,
@@ -90,6 +93,7 @@ class WeightJumpDetector:
         self._min_history = min_history
         self._min_layers = min_layers
         self._tracks = Tracks(window)
+        self._without_gradient: set[str] = set()  # layers, at the last step
         self._largest_common = 0.0
         self._num_common = 0  # steps that it is the largest of
         self._is_reported = False
@@ -120,8 +124,10 @@ class WeightJumpDetector:
         # Changes enter the history cut off.
         kept, reach = changes.copy(), self._ratio * habits
         kept[judged] = np.clip(kept[judged], middles - reach, middles + reach)
-        self._tracks.append(rows[has_changed], kept[has_changed])
+        is_habit = has_changed & np.array([layer not in self._without_gradient for layer in layers], bool)
+        self._tracks.append(rows[is_habit], kept[is_habit])
         self._tracks.add(step, rows, values, scores)
+        self._without_gradient = {layer for layer, g in readings.get("grad_norm", {}).items() if g == 0}
         if not judged.size:
             return []
         names = [layers[index] for index in judged]
@@ -133,6 +139,7 @@ class WeightJumpDetector:
         """See :class:`~stability.divergence.Detector`."""
         return {
             "tracks": self._tracks.state_dict(),
+            "without_gradient": sorted(self._without_gradient),
             "largest_common": self._largest_common,
             "num_common": self._num_common,
             "is_reported": self._is_reported,
@@ -142,6 +149,7 @@ class WeightJumpDetector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
         self._tracks = Tracks(self._window, state["tracks"])
+        self._without_gradient = set(state["without_gradient"])
         self._largest_common = state["largest_common"]
         self._num_common = state["num_common"]
         self._is_reported = state["is_reported"]

@@ -70,6 +70,14 @@ def test_an_alert_with_the_least_there_can_be() -> None:
     assert html(incident(alert=alert, steps=[], alerts=[])).endswith("</html>\n")
 
 
+def test_the_title_names_a_layer_only_where_the_alert_does() -> None:
+    assert markdown(incident()).startswith("# Step 30: gradient explosion in blocks.2.fc1\n")
+    unknown = replace(ALERT, kind="non-finite", layer=ALL_LAYERS)
+    assert markdown(incident(kind="non-finite", alert=unknown)).startswith(
+        "# Step 30: non finite in the whole model\n"
+    )
+
+
 def test_the_end_of_a_training() -> None:
     assert incident(kind="exit", step=40).summary.startswith(
         "The training ended after step 40; gradient explosion (divergence) began in `blocks.2.fc1`"

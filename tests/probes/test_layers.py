@@ -56,7 +56,7 @@ def test_a_nan_batch_is_told_of_the_first_layer_that_is_called() -> None:
     layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=8, batch_first=True)
     model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoder(layer, num_layers=1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    with probes.attach(model, optimizer, on_divergence="ignore") as probe:
+    with probes.attach(model, optimizer, activations_every=1, on_divergence="ignore") as probe:
         for step in range(4):
             x = torch.randn(2, 3, 8) if step < 3 else torch.full((2, 3, 8), torch.nan)
             loss = model(x).square().mean()

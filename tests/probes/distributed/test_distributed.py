@@ -261,7 +261,7 @@ class TestVerdicts:
     def test_a_rank_is_named_where_no_layer_can_be(self, of_two: Path) -> None:
         # At a step that measures no output, a broken forward pass shows in every gradient.
         for result in results(of_two, 2, "nan_in_forward_between_activations"):
-            assert_blamed(result, 4, "embed", "grad_norm")
+            assert_blamed(result, 4, "(all)", "grad_norm")
 
     @pytest.mark.parametrize("scenario", ["nan_in_backward", "nan_in_backward_of_fsdp"])
     def test_a_broken_backward_pass(self, of_two: Path, scenario: str) -> None:

@@ -41,6 +41,17 @@ def test_an_explosion_warns_then_says_divergence() -> None:
     assert "% a step" in warning.reason
 
 
+def test_a_spike_of_one_step_is_told_without_a_forecast() -> None:
+    (warning,) = feed(GradientExplosionDetector(), [*noisy(60), {"a": 1.0, "b": 2e3, "c": 1.0}, *noisy(20)])
+    assert (warning.step, warning.layer, warning.onset_step) == (60, "b", 60)
+    assert "a step" not in warning.reason
+
+
+def test_an_unknown_quantity_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of grad_norm, activation_grad_norm; got 'grad_nrm'"):
+        GradientExplosionDetector("grad_nrm")
+
+
 def test_an_explosion_in_the_first_steps_is_told_of_the_whole_model() -> None:
     norms = [{"(all)": norm, "a": norm, "b": 0.1} for norm in (50.0, 2e4, 1e5, 6e5, 1e5, *[2e5] * 40)]
     warning, divergence = feed(GradientExplosionDetector(), norms)

@@ -19,9 +19,11 @@ NAN = math.nan
         # Gradients break backward: the last one is.
         ({"grad_norm": {"a": NAN, "b": NAN, "c": 1, "(all)": NAN}}, "b", "grad_norm"),
         ({"activation_grad_norm": {"a": NAN, "b": 1}}, "a", "activation_grad_norm"),
-        # Every gradient broke with the loss: before the backward pass.
-        ({"loss": {"(all)": NAN}, "grad_norm": {"a": NAN, "b": NAN, "(all)": NAN}}, "a", "loss"),
-        ({"grad_norm": {"a": NAN, "b": NAN}}, "a", "grad_norm"),
+        # Every gradient broke, before the backward pass: nothing tells a layer.
+        ({"loss": {"(all)": NAN}, "grad_norm": {"a": NAN, "b": NAN, "(all)": NAN}}, "(all)", "loss"),
+        ({"grad_norm": {"a": NAN, "b": NAN}}, "(all)", "grad_norm"),
+        ({"update_ratio": {"a": NAN, "b": NAN}, "grad_norm": {"a": 1, "b": 1}}, "(all)", "update_ratio"),
+        ({"grad_norm": {"a": NAN}}, "a", "grad_norm"),
         # The root's own parameters may be used anywhere.
         ({"grad_norm": {"a": NAN, "b": NAN, "c": 1, "(root)": NAN}}, "b", "grad_norm"),
         ({"update_ratio": {"a": 1, "b": math.inf}}, "b", "update_ratio"),
@@ -51,16 +53,16 @@ def test_a_loss_that_breaks_with_every_gradient_shows_the_loss_as_evidence() -> 
     detector = NonFiniteDetector()
     detector.update(0, {"loss": {"(all)": 2.0}, "grad_norm": {"a": 1.0, "b": 1.0}})
     (alert,) = detector.update(1, {"loss": {"(all)": math.inf}, "grad_norm": {"a": NAN, "b": NAN}})
-    assert (alert.layer, alert.quantity) == ("a", "loss")
+    assert (alert.layer, alert.quantity) == ("(all)", "loss")
     assert alert.evidence == ((0, 2.0), (1, math.inf))
 
 
 @pytest.mark.parametrize("first", [{"loss": {"(all)": NAN}}, {"attention/max_logit": {"b": NAN}}, {}])
-def test_a_layer_that_nothing_tells_apart_is_called_a_guess(first: dict) -> None:
+def test_where_nothing_tells_the_layer_none_is_named(first: dict) -> None:
     gradients = {"grad_norm": {"(all)": NAN, "a": NAN, "b": NAN}}
     (alert,) = NonFiniteDetector().update(3, {**first, **gradients})
-    assert alert.layer == "a"
-    assert alert.reason.endswith("Outputs were not measured at this step, so the layer is a guess.")
+    assert alert.layer == "(all)"
+    assert alert.reason.endswith("outputs were not measured at this step, so the layer is not known.")
     assert "measure outputs at every step (activations_every=1)" in alert.remedies[0]
 
 
@@ -75,9 +77,9 @@ def test_a_layer_that_nothing_tells_apart_is_called_a_guess(first: dict) -> None
         {"grad_norm": {"a": NAN}},
     ],
 )
-def test_a_layer_that_something_tells_is_no_guess(readings: dict) -> None:
+def test_where_something_tells_the_layer_no_rerun_is_asked_for(readings: dict) -> None:
     (alert,) = NonFiniteDetector().update(3, readings)
-    assert "guess" not in alert.reason
+    assert "not known" not in alert.reason
     assert "activations_every" not in alert.remedies[0]
 
 
@@ -112,6 +114,26 @@ def test_the_sentence_names_a_logged_number_that_is_not_finite() -> None:
     (alert,) = NonFiniteDetector().update(7, readings)
     assert alert.reason.endswith("1 of 2 layers; d_loss, which the script logged, is inf.")
     assert not NonFiniteDetector().update(7, {"accuracy": {"(all)": NAN}})
+
+
+@pytest.mark.parametrize("gradients", [{"g": NAN, "d": NAN}, {"g": 1.0, "d": NAN}])
+def test_a_logged_loss_that_ceases_to_be_finite_with_gradients_is_named(gradients: dict) -> None:
+    # Two optimizers: the discriminator's loss overflows, and no layer is at fault.
+    detector = NonFiniteDetector()
+    logged = {"accuracy": {"(all)": NAN}, "d_loss": {"(all)": 0.7}}
+    assert not detector.update(0, {**logged, "grad_norm": {"g": 1.0, "d": 1.0}})
+    (alert,) = detector.update(1, {**logged, "d_loss": {"(all)": math.inf}, "grad_norm": gradients})
+    assert (alert.layer, alert.quantity, alert.value) == ("(all)", "d_loss", math.inf)
+    assert alert.evidence == ((0, 0.7), (1, math.inf))
+    assert alert.reason.startswith("d_loss, which the script logged, is inf; ")
+
+
+def test_a_layer_with_evidence_is_named_before_a_logged_loss() -> None:
+    detector = NonFiniteDetector()
+    assert not detector.update(0, {"d_loss": {"(all)": 0.7}, "grad_norm": {"g": 1.0, "d": 1.0}})
+    broken = {"d_loss": {"(all)": NAN}, "activation_rms": {"g": 1.0, "d": NAN}, "grad_norm": {"g": 1.0}}
+    (alert,) = detector.update(1, broken)
+    assert (alert.layer, alert.quantity) == ("d", "activation_rms")
 
 
 def test_a_bad_number_of_skipped_steps() -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 
 from stability.divergence import VanishingGradientDetector
@@ -32,6 +35,50 @@ def test_a_gradient_that_falls_by_orders_of_magnitude() -> None:
 def test_a_batch_that_leaves_a_layer_out_is_quiet() -> None:
     fault = scaled("grad_norm", "embedding", lambda since: 0.0 if since % 3 else 1.0)
     assert not verdicts(VanishingGradientDetector(), with_fault(160, 110, fault))
+
+
+def routed(share: float, seed: int) -> Iterator[tuple[int, Step]]:
+    """An expert that so many batches reach, beside a layer that all reach."""
+    reached = np.random.default_rng(seed).random(1000) < share
+    for step, is_reached in enumerate(reached.tolist()):
+        yield step, {"grad_norm": {"expert": float(is_reached), "router": 1.0}}
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.2, 0.1])
+def test_an_expert_that_some_batches_do_not_reach_is_quiet(share: float) -> None:
+    for seed in range(3):
+        assert not verdicts(VanishingGradientDetector(), routed(share, seed))
+
+
+def test_steps_of_no_gradient_at_all_count_as_such() -> None:
+    # Gradients are None until the first batch that reaches the expert, then zero between such batches.
+    def steps() -> Iterator[tuple[int, Step]]:
+        for step in range(190):
+            expert = {} if step < 94 else {"expert": float(step == 94)}
+            yield step, {"grad_norm": {**expert, "router": 1.0}}
+
+    assert not verdicts(VanishingGradientDetector(), steps())
+
+
+def test_an_expert_that_no_batch_reaches_any_more_is_told_by_its_own_habit() -> None:
+    def steps(every: int) -> Iterator[tuple[int, Step]]:
+        for step in range(600):
+            is_reached = step < 300 and step % every == 0
+            yield step, {"grad_norm": {"expert": float(is_reached), "router": 1.0}}
+
+    delays = []
+    for every in (2, 10):
+        (alert,) = verdicts(VanishingGradientDetector(), steps(every))
+        assert (alert.layer, alert.kind) == ("expert", "dead-layer")
+        delays.append(alert.step - 300)
+    assert 15 < delays[0] < 25
+    assert 110 < delays[1] < 140
+
+
+def test_a_layer_that_never_had_a_gradient_is_told_after_the_window() -> None:
+    series = ((step, {"grad_norm": {"a": 0.0, "b": 1.0}}) for step in range(200))
+    (alert,) = verdicts(VanishingGradientDetector(window=60), series)
+    assert (alert.layer, alert.onset_step, alert.step) == ("a", 0, 59)
 
 
 def test_a_training_that_has_learned_everything_is_quiet() -> None:

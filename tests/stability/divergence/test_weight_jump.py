@@ -66,8 +66,8 @@ def test_a_small_change_is_told_where_the_layer_never_made_one() -> None:
                 {"weight_norm": {"a": 10.0 + 1e-4 * step + change * (step >= 100), "b": 5.0 + step / 10}},
             )
 
-    assert not verdicts(WeightJumpDetector(), series(0.0015))
-    (alert,) = verdicts(WeightJumpDetector(), series(0.004))  # 0.04 %, after 0.001 % a step
+    assert not verdicts(WeightJumpDetector(), series(0.008))
+    (alert,) = verdicts(WeightJumpDetector(), series(0.012))  # 0.12 %, after 0.001 % a step
     assert (alert.layer, alert.step) == ("a", 100)
 
 
@@ -118,6 +118,21 @@ def test_steps_that_update_nothing_are_no_habit() -> None:
         assert not detector.update(step, {"weight_norm": dict.fromkeys(LAYERS, 1.0)})
     for step, readings in enumerate(healthy(60), start=60):
         assert not detector.update(step, readings)
+
+
+def test_steps_without_a_gradient_are_no_habit() -> None:
+    # An expert that every tenth batch reaches: between them weight decay moves its weights by 0.002 %, and
+    # the next gradient by 0.2 %.
+    detector, norms = WeightJumpDetector(), {"expert": 2.5, "router": 2.5}
+    for step in range(600):
+        is_reached = step % 10 == 9
+        gradients = {"expert": float(is_reached), "router": 1.0}
+        assert not detector.update(step, {"weight_norm": dict(norms), "grad_norm": gradients})
+        norms["expert"] *= math.exp((-1) ** (step // 10) * 2e-3 if is_reached else -2e-5)
+        norms["router"] *= math.exp((-1) ** step * 1e-3)
+    norms["expert"] *= 1.3
+    (alert,) = detector.update(600, {"weight_norm": norms, "grad_norm": gradients})
+    assert alert.layer == "expert"
 
 
 @pytest.mark.parametrize(
