@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from probes.detector_quantities import AwaitedLosses
-from probes.failures import call_or_drop
+from probes.failures import ProbeWarning, call_or_drop, stacklevel_of_script
 from stability.divergence import Alert, Detector, Episode, EpisodeDetector, Readings
 
 # What each detector remembers; None of one that could not say.
@@ -68,7 +69,7 @@ class Detection:
         return [(type(detector).__name__, detector.state_dict()) for detector in self._detectors]
 
     def load_state_dict(self, state: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        """Restores the detectors.
+        """Restores the detectors; one that another version saved begins anew, with a warning.
 
         Raises:
             ValueError: If they are not the ones the state was saved from.
@@ -80,7 +81,7 @@ class Detection:
                 f"the state is of the detectors {saved}; this probe has {present}. Attach with the same ones."
             )
         for detector, (_, detector_state) in zip(self._detectors, state, strict=True):
-            detector.load_state_dict(detector_state)
+            _load(detector, detector_state)
         self._saved = []
 
     def _recall(self, memory: Memory) -> None:
@@ -93,3 +94,19 @@ class Detection:
         for detector in list(self._detectors):
             alerts += call_or_drop(self._detectors, detector, detector.update, step, readings) or []
         return alerts
+
+
+def _load(detector: Detector, state: dict[str, Any]) -> None:
+    """A training that is taken up after an upgrade must not fail because of who watches it."""
+    before = detector.state_dict()
+    try:
+        detector.load_state_dict(state)
+    except Exception as error:
+        detector.load_state_dict(before)
+        warnings.warn(
+            f"The state of {type(detector).__name__} cannot be read ({type(error).__name__}: {error}): it "
+            "was probably saved by another version of stability-probes. The detector begins anew, and learns "
+            "what is usual in this training again.",
+            ProbeWarning,
+            stacklevel=stacklevel_of_script(),
+        )

@@ -204,6 +204,26 @@ class TestBadInput:
             with pytest.raises(ValueError, match="Attach with the same ones"):
                 other.load_state_dict(probe.state_dict())
 
+    def test_detectors_of_another_version_begin_anew(self) -> None:
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with probes.attach(model, optimizer) as probe:
+            for _ in range(3):
+                one_step(model, optimizer, torch.ones(2, 1))
+            state = probe.state_dict()
+        fresh = probes.attach(model, optimizer)
+        nothing_known = fresh.state_dict()["detectors"]
+        [(_, of_episodes)] = state["detectors"]
+        of_episodes["detectors"].pop()  # as if one had been added since
+        with (
+            fresh,
+            pytest.warns(probes.ProbeWarning, match="EpisodeDetector cannot be read .* begins anew") as told,
+        ):
+            fresh.load_state_dict(state)
+            assert (fresh.state_dict()["step"], fresh.state_dict()["detectors"]) == (3, nothing_known)
+            one_step(model, optimizer, torch.ones(2, 1))
+        assert told[0].filename == __file__
+
 
 class TestLettingGo:
     def test_no_hook_survives_the_block(self) -> None:
