@@ -375,7 +375,10 @@ def refused(directory: Path) -> Result:
     """Messages of attach where ranks differ, and of what is not covered."""
     is_first = dist.get_rank() == 0
     watched = DistributedDataParallel(nn.Linear(2, 1))
-    of_first = dist.new_group([0])
+    of_first, of_second = dist.new_group([0]), dist.new_group([1])
+    alone = of_first if is_first else of_second
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "tensor"))
+    divided = _divided(mesh["tensor"])
     watching = probes.attach(watched)
     small, large = nn.Linear(2, 1), nn.Linear(2, 1 + dist.get_rank())
 
@@ -397,6 +400,8 @@ def refused(directory: Path) -> Result:
         "settings": message(lambda: probes.attach(small, on_divergence="warn" if is_first else "raise")),
         "model": message(lambda: probes.attach(large)),
         "jacobians": message(lambda: probes.attach(sharded(), layer_jacobian_every=1)),
+        "replicas": message(lambda: probes.attach(DistributedDataParallel(small, process_group=alone))),
+        "divided": message(lambda: probes.attach(DistributedDataParallel(divided, device_mesh=mesh["data"]))),
         "member": "" if is_first else message(lambda: probes.attach(small, process_group=of_first)),
     }
     state = {**watching.state_dict(), "step": 4 + dist.get_rank()}

@@ -316,6 +316,9 @@ class TestVerdicts:
             assert "`on_divergence` must be the same on every rank" in result["settings"]
             assert "ranks 0 and 1 hold different models" in result["model"]
             assert "`layer_jacobian_every` runs a layer again" in result["jacobians"]
+            assert "`model` is tensor parallel within DistributedDataParallel" in result["divided"]
+        for rank, result in enumerate(results(of_two, 2, "refused")):
+            assert f"`model` is trained by ranks [{rank}] (Distr" in result["replicas"]
         assert "`process_group` must contain this process" in results(of_two, 2, "refused")[1]["member"]
 
     def test_ranks_that_end_at_different_steps_are_refused(self, of_two: Path) -> None:
