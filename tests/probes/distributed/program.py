@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -449,6 +450,27 @@ def killed(directory: Path) -> Result:
             optimizer.step()
             optimizer.zero_grad()
     return as_rows(probe)
+
+
+def hung(directory: Path) -> Result:
+    """The last rank goes to sleep; the others have a timeout of three seconds."""
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    wrapped = DistributedDataParallel(model(), process_group=group)
+    optimizer = adamw(wrapped)
+    sinks = [probes.sinks.JsonLinesSink(directory / f"hung-{dist.get_rank()}.jsonl")]
+    asleep_since = 0.0
+    try:
+        with probes.attach(wrapped, optimizer, sinks=sinks, process_group=group):
+            for step in range(20):
+                if step == 10:
+                    asleep_since = time.monotonic()
+                    time.sleep(20 if dist.get_rank() == dist.get_world_size() - 1 else 0)
+                wrapped(own_part(batch(step))).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    except RuntimeError as error:
+        return {"seconds": time.monotonic() - asleep_since, "error": str(error)}
+    return {}
 
 
 def sharded(device: str = "cpu", mesh: DeviceMesh | None = None, **options: Any) -> nn.Module:

@@ -5,6 +5,7 @@ Each file of results is one torchrun of several scenarios, since processes take 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -343,6 +344,15 @@ def test_a_killed_rank_ends_the_others_and_leaves_the_records(tmp_path: Path) ->
     run = probes.read(tmp_path / "killed-0.jsonl")
     assert set(run["grad_norm/(all)"].steps.tolist()) >= set(range(19))
     assert "DivergenceError" not in finished.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_others_by_the_timeout(tmp_path: Path) -> None:
+    # Nobody has died by then, so it is not torchrun that ends the first rank.
+    launch(tmp_path, 2, ["hung"])
+    result = json.loads((tmp_path / "hung-0.json").read_text())
+    assert 2 < result["seconds"] < 15  # it sleeps for twenty
+    assert set(probes.read(tmp_path / "hung-0.jsonl")["grad_norm/(all)"].steps.tolist()) >= set(range(9))
 
 
 class TestOneProcess:
