@@ -158,6 +158,7 @@ def join_ranks(
     assert group is not None  # initialized
     if dist.get_rank(group) < 0:  # new_group gives those outside a number
         raise ValueError("`process_group` must contain this process; give each process a group of its own.")
+    _check_replicas(wrapper, dist.get_process_group_ranks(group))
     _check_sharding(model, group.size(), bool(schedule.layer_jacobians))
     rank = dist.get_rank()
     tensor_ranks = tensor_parallel_ranks(model, rank)
@@ -256,6 +257,23 @@ def _check_same(everyone: Sequence[Mapping[str, object]], ranks: list[int]) -> N
             raise ValueError(
                 f"`{name}` must be the same on every rank; rank {ranks[0]} has {first[name]!r} and rank "
                 f"{rank} {value!r}."
+            )
+
+
+def _check_replicas(wrapper: nn.Module, ranks: list[int]) -> None:
+    # torch turns DTensors into ordinary parameters for DDP, and back during each forward pass.
+    if any(hasattr(parameter, "_st_info") for parameter in wrapper.parameters()):
+        raise ValueError(
+            "`model` is tensor parallel within DistributedDataParallel, which hides what is split. Use "
+            "fully_shard over the data-parallel ranks in its place."
+        )
+    if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        replicas = dist.get_process_group_ranks(wrapper.process_group)
+        if replicas != ranks:
+            raise ValueError(
+                f"`model` is trained by ranks {replicas} (DistributedDataParallel) and `process_group` holds "
+                f"{ranks}; numbers of different models would be joined. Give "
+                "process_group=model.process_group."
             )
 
 

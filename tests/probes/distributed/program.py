@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -375,7 +376,10 @@ def refused(directory: Path) -> Result:
     """Messages of attach where ranks differ, and of what is not covered."""
     is_first = dist.get_rank() == 0
     watched = DistributedDataParallel(nn.Linear(2, 1))
-    of_first = dist.new_group([0])
+    of_first, of_second = dist.new_group([0]), dist.new_group([1])
+    alone = of_first if is_first else of_second
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "tensor"))
+    divided = _divided(mesh["tensor"])
     watching = probes.attach(watched)
     small, large = nn.Linear(2, 1), nn.Linear(2, 1 + dist.get_rank())
 
@@ -397,6 +401,8 @@ def refused(directory: Path) -> Result:
         "settings": message(lambda: probes.attach(small, on_divergence="warn" if is_first else "raise")),
         "model": message(lambda: probes.attach(large)),
         "jacobians": message(lambda: probes.attach(sharded(), layer_jacobian_every=1)),
+        "replicas": message(lambda: probes.attach(DistributedDataParallel(small, process_group=alone))),
+        "divided": message(lambda: probes.attach(DistributedDataParallel(divided, device_mesh=mesh["data"]))),
         "member": "" if is_first else message(lambda: probes.attach(small, process_group=of_first)),
     }
     state = {**watching.state_dict(), "step": 4 + dist.get_rank()}
@@ -444,6 +450,27 @@ def killed(directory: Path) -> Result:
             optimizer.step()
             optimizer.zero_grad()
     return as_rows(probe)
+
+
+def hung(directory: Path) -> Result:
+    """The last rank goes to sleep; the others have a timeout of three seconds."""
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    wrapped = DistributedDataParallel(model(), process_group=group)
+    optimizer = adamw(wrapped)
+    sinks = [probes.sinks.JsonLinesSink(directory / f"hung-{dist.get_rank()}.jsonl")]
+    asleep_since = 0.0
+    try:
+        with probes.attach(wrapped, optimizer, sinks=sinks, process_group=group):
+            for step in range(20):
+                if step == 10:
+                    asleep_since = time.monotonic()
+                    time.sleep(20 if dist.get_rank() == dist.get_world_size() - 1 else 0)
+                wrapped(own_part(batch(step))).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    except RuntimeError as error:
+        return {"seconds": time.monotonic() - asleep_since, "error": str(error)}
+    return {}
 
 
 def sharded(device: str = "cpu", mesh: DeviceMesh | None = None, **options: Any) -> nn.Module:
@@ -518,6 +545,7 @@ def main(scenarios: Mapping[str, Callable[[Path], Result]]) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=30))
     run_scenarios(scenarios)
     dist.destroy_process_group()
+    leave()
 
 
 def run_scenarios(scenarios: Mapping[str, Callable[[Path], Result]]) -> None:
@@ -526,6 +554,18 @@ def run_scenarios(scenarios: Mapping[str, Callable[[Path], Result]]) -> None:
     for name in names:
         result = scenarios[name](Path(directory))
         (Path(directory) / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
+def leave() -> None:
+    """Ends the process without ending the interpreter.
+
+    DTensor's caches keep a mesh's process group whatever is destroyed, and gloo's threads with it. One that
+    lets go of a tensor only while the interpreter ends asks for the GIL, for which Python unwinds the thread
+    through a destructor: "terminate called without an active exception". Nothing can wait for those threads.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Each file of results is one torchrun of several scenarios, since processes take 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -316,6 +317,9 @@ class TestVerdicts:
             assert "`on_divergence` must be the same on every rank" in result["settings"]
             assert "ranks 0 and 1 hold different models" in result["model"]
             assert "`layer_jacobian_every` runs a layer again" in result["jacobians"]
+            assert "`model` is tensor parallel within DistributedDataParallel" in result["divided"]
+        for rank, result in enumerate(results(of_two, 2, "refused")):
+            assert f"`model` is trained by ranks [{rank}] (Distr" in result["replicas"]
         assert "`process_group` must contain this process" in results(of_two, 2, "refused")[1]["member"]
 
     def test_ranks_that_end_at_different_steps_are_refused(self, of_two: Path) -> None:
@@ -340,6 +344,15 @@ def test_a_killed_rank_ends_the_others_and_leaves_the_records(tmp_path: Path) ->
     run = probes.read(tmp_path / "killed-0.jsonl")
     assert set(run["grad_norm/(all)"].steps.tolist()) >= set(range(19))
     assert "DivergenceError" not in finished.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_others_by_the_timeout(tmp_path: Path) -> None:
+    # Nobody has died by then, so it is not torchrun that ends the first rank.
+    launch(tmp_path, 2, ["hung"])
+    result = json.loads((tmp_path / "hung-0.json").read_text())
+    assert 2 < result["seconds"] < 15  # it sleeps for twenty
+    assert set(probes.read(tmp_path / "hung-0.jsonl")["grad_norm/(all)"].steps.tolist()) >= set(range(9))
 
 
 class TestOneProcess:
