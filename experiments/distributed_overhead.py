@@ -1,10 +1,13 @@
 r"""What probes cost on several GPUs: DDP and FSDP2 training with them against bare training, interleaved.
 
 Every configuration trains its own copy of the model. In each round all of them take their turn, in an order
-that rotates: eleven steps that are not timed, in which a fresh probe meets every kind of step and the ranks
-agree on what they exchange, then --steps-per-round timed ones. A turn lasts as long as its slowest rank.
+that rotates: 33 steps that are not timed, in which a fresh probe meets every kind of step, the ranks agree on
+what they exchange and TensorBoard's first pictures are drawn, then --steps-per-round timed ones. A turn lasts
+as long as its slowest rank.
 Reported is the median over rounds of the ratio to bare training in the same round, with a 95 % bootstrap
-interval; "bare, a second copy" shows what no difference looks like. Steps of `details_every` are not timed.
+interval; "bare, a second copy" shows what no difference looks like. Not timed are steps of `details_every`,
+and pictures, which the first rank draws whenever the number of recorded steps has doubled: turns of up to 30
+steps hold none.
 
     torchrun --nproc-per-node 2 -m experiments.distributed_overhead --device cuda
     torchrun --nproc-per-node 2 -m experiments.distributed_overhead --preset tiny --rounds 1
@@ -44,7 +47,9 @@ from experiments.overhead_report import Kind, overhead_table, overheads
 from experiments.overhead_training import LEARNING_RATE, TOKEN_MODELS, Training, token_trainings
 
 DEFAULT_OUT = Path("runs/distributed-overhead")
-UNTIMED_STEPS = 11  # one of every kind: steps 0 and 10 are special
+# One of every kind (steps 0 and 10 are special), and past the pictures after 16 and 32 recorded steps: in a
+# short turn they would cost more than all the rest; a million steps have twenty.
+UNTIMED_STEPS = 33
 BARE, SECOND, PROBED = "bare", "bare, a second copy", "probes, attention every 10th step"
 KINDS: dict[str, Kind] = {BARE: "bare", SECOND: "bare", PROBED: "ours"}
 PRESETS = ("160m-tokens", "tiny")
@@ -167,7 +172,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--batch-size", type=positive_int, default=1, help="sequences a step and rank (default 1)")
     add("--wrappings", nargs="+", choices=WRAPPINGS, default=list(WRAPPINGS), help="default both")
     add("--rounds", type=positive_int, default=5, help="turns of each configuration (default 5)")
-    add("--steps-per-round", type=positive_int, default=40, help="timed steps of a turn (default 40)")
+    add("--steps-per-round", type=positive_int, default=30, help="timed steps of a turn (default 30)")
     add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
     options = parser.parse_args(arguments)
     check_device(parser, options.device)
