@@ -245,7 +245,7 @@ QUESTIONS: tuple[Question, ...] = (
         "Sigmoid: no MLP at Adam steps below 1e-3; validation loss at step 3,000 below the lead's (8.98); "
         "single steps after 1,000 above 10 x its median of steps 100-300. Softmax: rows collapse as in the "
         "lead, not earlier by more than a thousand steps.",
-        {"batch_size": 4, "steps": 3000, "betas": (0.9, 0.95), "eps": 1e-15},
+        {"batch_size": 4, "steps": 3000, "betas": (0.9, 0.95)},
         takes_whole_gpu=True,
         may_be_cut=True,
     ),

@@ -160,6 +160,7 @@ class Delivery:
             DivergenceError: As in ``send``.
         """
         verdict = self._deliver(*self._take_in_flight())
+        self.detection.close()
         if self.incidents is not None:
             self.incidents.see_end(step, error, self.readings.order)
         for sink in list(self._sinks):

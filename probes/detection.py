@@ -42,6 +42,10 @@ class Detection:
             self._since.append((step, readings))
         return self._judge(step, readings)
 
+    def close(self) -> None:
+        """Warns of detectors that never had anything to judge."""
+        self._awaited.tell()
+
     def forget(self) -> None:
         """Takes the last step back: later verdicts are as if it had never been."""
         self._since.pop()
@@ -80,9 +84,26 @@ class Detection:
             raise ValueError(
                 f"the state is of the detectors {saved}; this probe has {present}. Attach with the same ones."
             )
-        for detector, (_, detector_state) in zip(self._detectors, state, strict=True):
-            _load(detector, detector_state)
+        for detector, (_, detector_state) in zip(list(self._detectors), state, strict=True):
+            self._load(detector, detector_state)
         self._saved = []
+
+    def _load(self, detector: Detector, state: dict[str, Any]) -> None:
+        # A training that is taken up after an upgrade must not fail because of who watches it.
+        before = copy.deepcopy(call_or_drop(self._detectors, detector, detector.state_dict))
+        if detector not in self._detectors:
+            return
+        try:
+            detector.load_state_dict(state)
+        except Exception as error:
+            warnings.warn(
+                f"The state of {type(detector).__name__} cannot be read ({error!r}): it was saved by another "
+                "version of stability-probes, or the checkpoint is damaged. The detector goes on without it, "
+                "and learns what is usual in this training again.",
+                ProbeWarning,
+                stacklevel=stacklevel_of_script(),
+            )
+            call_or_drop(self._detectors, detector, detector.load_state_dict, before)
 
     def _recall(self, memory: Memory) -> None:
         for detector, state in memory:
@@ -94,19 +115,3 @@ class Detection:
         for detector in list(self._detectors):
             alerts += call_or_drop(self._detectors, detector, detector.update, step, readings) or []
         return alerts
-
-
-def _load(detector: Detector, state: dict[str, Any]) -> None:
-    """A training that is taken up after an upgrade must not fail because of who watches it."""
-    before = detector.state_dict()
-    try:
-        detector.load_state_dict(state)
-    except Exception as error:
-        detector.load_state_dict(before)
-        warnings.warn(
-            f"The state of {type(detector).__name__} cannot be read ({type(error).__name__}: {error}): it "
-            "was probably saved by another version of stability-probes. The detector begins anew, and learns "
-            "what is usual in this training again.",
-            ProbeWarning,
-            stacklevel=stacklevel_of_script(),
-        )

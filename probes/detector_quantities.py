@@ -11,7 +11,6 @@ from probes.quantities import QUANTITIES
 from probes.record import ALL_LAYERS
 from stability.divergence import Detector, EpisodeDetector, LossDetector, QuantityRangeDetector, Readings
 
-_WAIT_STEPS = 20  # the values that LossDetector wants before it judges one
 _USUAL_LOSS = "loss"  # the default detectors read it; who does not log it does without
 
 
@@ -44,7 +43,7 @@ class AwaitedLosses:
         self._num_steps = 0
 
     def see(self, readings: Readings) -> None:
-        """Takes a step's numbers; the verdict falls after twenty steps."""
+        """Takes a step's numbers."""
         if not self._awaited:
             return
         self._num_steps += 1
@@ -52,12 +51,13 @@ class AwaitedLosses:
         self._logged |= dict.fromkeys(
             name for name, values in readings.items() if name not in QUANTITIES and ALL_LAYERS in values
         )
-        if self._num_steps < _WAIT_STEPS or not self._logged:
-            return
-        for name in sorted(self._awaited):
+
+    def tell(self) -> None:
+        """Warns, at the end: a validation loss may have come late."""
+        for name in sorted(self._awaited) if self._logged else ():
             near = get_close_matches(name, self._logged)
             warnings.warn(
-                f"LossDetector(name={name!r}) has nothing to judge: the script has logged no such number in "
+                f"LossDetector(name={name!r}) had nothing to judge: the script logged no such number in "
                 f"{self._num_steps} steps. {_which(near, list(self._logged))}",
                 ProbeWarning,
                 stacklevel=stacklevel_of_script(),

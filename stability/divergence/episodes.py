@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -134,18 +135,28 @@ class EpisodeDetector:
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
         return {
-            "detectors": [detector.state_dict() for detector in self._detectors],
+            "detectors": {name: detector.state_dict() for name, detector in self._named()},
             "last_step": self._last_step,
             "episode": [asdict(alert) for alert in self._alerts()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
-        for detector, of_detector in zip(self._detectors, state["detectors"], strict=True):
-            detector.load_state_dict(of_detector)
+        saved = dict(state["detectors"])
+        for name, detector in self._named():
+            if name in saved:  # not one that has been added since
+                detector.load_state_dict(saved[name])
         self._last_step = state["last_step"]
         alerts = [_alert_from(fields) for fields in state["episode"]]
         self._episode = Episode(alerts[0], tuple(alerts[1:])) if alerts else None
+
+    def _named(self) -> Iterator[tuple[str, Detector]]:
+        """Names for the state: a type, what it reads, and a number where that is not enough."""
+        count: Counter[str] = Counter()
+        for detector in self._detectors:
+            name = f"{type(detector).__name__} {getattr(detector, 'quantity', '')}".strip()
+            count[name] += 1
+            yield (f"{name} {count[name]}" if count[name] > 1 else name), detector
 
     def _alerts(self) -> list[Alert]:
         return [] if self._episode is None else [self._episode.origin, *self._episode.consequences]

@@ -11,7 +11,8 @@ from stability.divergence.detector import ALL_LAYERS, Alert, Readings
 from stability.divergence.remedies import REMEDIES
 from stability.divergence.track import Tracks, origin
 
-_ALIVE = 10.0  # times the limit
+# Times the limit. Where everything has been learned, sizes spread over three orders and single batches more.
+_ALIVE = 100.0
 _WINDOW = 1  # no range is needed: a full Adam step is 1 in every layer
 
 
@@ -21,14 +22,16 @@ class FrozenLayerDetector:
     Adam divides a gradient by the root of what it remembers of the layer's squared gradients. Where gradients
     have fallen by orders of magnitude since the first steps, or lie below ε, next to nothing is left, and
     weight decay alone moves the weights, however calm the training looks. A layer is frozen ("frozen-layer")
-    when `adam_update_rms` is below ``limit`` for ``num_records`` records in a row while that of at least one
-    other layer is above ten times the limit: a training that has learned everything has small gradients
-    everywhere. A gradient that is exactly zero is `VanishingGradientDetector`'s. Named is the layer that
-    froze first, of several the first in the forward pass.
+    when `adam_update_rms` is below ``limit`` for ``num_records`` of its records in a row, while that of one
+    and the same other layer is a hundred times the limit for as long: a training that has learned everything
+    has small gradients everywhere. A gradient that is exactly zero (an expert that no token was routed to)
+    says nothing here; a layer that has none at all is `VanishingGradientDetector`'s. Named is the layer that
+    froze first, of several the first in the forward pass. One alert an episode, which ends when no layer is
+    frozen.
 
     Args:
         limit: √mean(g²/v̂), 1 where gradients are what they have been.
-        num_records: Records in a row, every two hundredth step by default.
+        num_records: Records, every two hundredth step by default.
 
     Raises:
         ValueError: If a number is out of range.
@@ -38,13 +41,13 @@ class FrozenLayerDetector:
 
     Example:
         >>> detector = FrozenLayerDetector()
-        >>> for step, size in [(0, 1.0), (200, 3e-5), (400, 3e-5)]:
+        >>> for step, size in [(0, 1.0), (200, 3e-5), (400, 3e-5), (600, 3e-5)]:
         ...     alerts = detector.update(step, {"adam_update_rms": {"mlp": size, "head": 0.5}})
         >>> alerts[0].layer, alerts[0].kind, alerts[0].onset_step
         ('mlp', 'frozen-layer', 200)
     """
 
-    def __init__(self, *, limit: float = 1e-3, num_records: int = 2) -> None:
+    def __init__(self, *, limit: float = 1e-3, num_records: int = 3) -> None:
         if not 0 < limit < 1 / _ALIVE:
             raise ValueError(
                 f"limit must lie between 0 and {1 / _ALIVE:g}, since others must be {_ALIVE:g} times above "
@@ -56,6 +59,7 @@ class FrozenLayerDetector:
         self._num_records = num_records
         self._tracks = Tracks(_WINDOW)
         self._num_frozen: dict[str, int] = {}  # records in a row, by layer
+        self._num_alive: dict[str, int] = {}
         self._is_reported = False
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
@@ -71,17 +75,20 @@ class FrozenLayerDetector:
         self._tracks.add(step, self._tracks.rows(layers), values, self._limit / values)
         for layer, size in sizes.items():
             self._num_frozen[layer] = self._num_frozen.get(layer, 0) + 1 if size < self._limit else 0
-        frozen = [layer for layer in layers if self._num_frozen[layer] >= self._num_records]
-        is_any_alive = bool((values > _ALIVE * self._limit).any())
+            is_alive = size > _ALIVE * self._limit
+            self._num_alive[layer] = self._num_alive.get(layer, 0) + 1 if is_alive else 0
+        frozen = [layer for layer, number in self._num_frozen.items() if number >= self._num_records]
+        is_any_alive = max(self._num_alive.values()) >= self._num_records
         is_fault = bool(frozen) and (is_any_alive or self._is_reported)
         begins, self._is_reported = is_fault and not self._is_reported, is_fault
-        return [self._alert(step, frozen, len(layers))] if begins else []
+        return [self._alert(step, frozen)] if begins else []
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
         return {
             "tracks": self._tracks.state_dict(),
             "num_frozen": dict(self._num_frozen),
+            "num_alive": dict(self._num_alive),
             "is_reported": self._is_reported,
         }
 
@@ -89,9 +96,10 @@ class FrozenLayerDetector:
         """See :class:`~stability.divergence.Detector`."""
         self._tracks = Tracks(_WINDOW, state["tracks"])
         self._num_frozen = dict(state["num_frozen"])
+        self._num_alive = dict(state["num_alive"])
         self._is_reported = state["is_reported"]
 
-    def _alert(self, step: int, frozen: list[str], num_layers: int) -> Alert:
+    def _alert(self, step: int, frozen: list[str]) -> Alert:
         layer, spread = origin(self._tracks, frozen, ties="first")
         track = self._tracks[layer]
         size = track.recent[-1][1]
@@ -103,7 +111,7 @@ class FrozenLayerDetector:
             size,
             self._limit,
             f"Adam hardly moves it: its steps are {size:.1g} of full size since step {track.onset}, while "
-            f"other layers learn; {len(frozen)} of {num_layers} layers.",
+            f"other layers learn; {len(frozen)} of {len(self._num_frozen)} layers.",
             kind="frozen-layer",
             onset_step=track.onset,
             evidence=track.recent,

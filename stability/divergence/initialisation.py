@@ -56,6 +56,8 @@ class InitialisationDetector:
         if self._is_done or not norms:
             return []
         self._is_done = True
+        if step > 0:  # a training that is taken up: these norms have been learned
+            return []
         siblings: dict[str, dict[str, float]] = {}
         for layer, norm in norms.items():
             if layer != ALL_LAYERS and 0 < norm < math.inf:

@@ -98,4 +98,4 @@ def test_the_detector_tells_of_frozen_layers():
             for alert in detector.update(step, {"adam_update_rms": sizes[step]})
         ]
         told[run.facts["config"]["mechanism"]] += [alert.step for alert in alerts[:1]]
-    assert (len(told["sigmoid"]), told["sigmoid"].count(400), len(told["softmax"])) == (18, 17, 2)
+    assert (len(told["sigmoid"]), told["sigmoid"].count(600), len(told["softmax"])) == (18, 16, 2)

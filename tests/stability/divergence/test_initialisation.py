@@ -33,8 +33,14 @@ def test_only_the_first_weights_are_judged() -> None:
     detector = InitialisationDetector()
     norms = {"blocks.0.mlp": 1.0, "blocks.1.mlp": 1.0}
     assert detector.update(0, {"loss": {"(all)": 1.0}}) == []
-    assert detector.update(1, {"weight_norm": norms}) == []
+    assert detector.update(0, {"weight_norm": norms}) == []
     assert detector.update(2, {"weight_norm": {**norms, "blocks.1.mlp": 50.0}}) == []
+
+
+def test_weights_of_a_training_that_is_taken_up_are_no_first_ones() -> None:
+    assert not InitialisationDetector().update(
+        400, {"weight_norm": {"blocks.0.mlp": 1.0, "blocks.1.mlp": 50.0}}
+    )
 
 
 @pytest.mark.parametrize("arguments", [{"ratio": 1.0}, {"num_ranges": -1.0}])

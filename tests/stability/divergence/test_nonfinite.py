@@ -128,6 +128,14 @@ def test_a_logged_loss_that_ceases_to_be_finite_with_gradients_is_named(gradient
     assert alert.reason.startswith("d_loss, which the script logged, is inf; ")
 
 
+def test_a_logged_gradient_norm_does_not_hide_the_layer_that_broke_it() -> None:
+    detector = NonFiniteDetector()
+    assert not detector.update(0, {"gnorm": {"(all)": 0.7}, "grad_norm": {"a": 1.0, "b": 1.0, "c": 1.0}})
+    (alert,) = detector.update(1, {"gnorm": {"(all)": NAN}, "grad_norm": {"a": 1.0, "b": NAN, "c": 1.0}})
+    assert (alert.layer, alert.quantity) == ("b", "grad_norm")
+    assert alert.reason.endswith("1 of 3 layers; gnorm, which the script logged, is nan.")
+
+
 def test_a_layer_with_evidence_is_named_before_a_logged_loss() -> None:
     detector = NonFiniteDetector()
     assert not detector.update(0, {"d_loss": {"(all)": 0.7}, "grad_norm": {"g": 1.0, "d": 1.0}})
