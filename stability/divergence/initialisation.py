@@ -21,7 +21,8 @@ class InitialisationDetector:
     which may be of any shapes). A layer is out when its log norm lies log ``ratio`` from the median of its
     siblings', and ``num_ranges`` times as far as they lie from each other. Of several, the furthest is named;
     of two siblings that disagree the larger, since too large is what training does not forgive. One verdict,
-    on the first step with weights, never again.
+    on the first step with weights, never again; none where that is not step 0, since the weights of a
+    training that is taken up have been learned.
 
     Args:
         ratio: Norm over the siblings' median. Calibrated: those of one shape agree within 1.1; outer stages

@@ -141,12 +141,10 @@ class NonFiniteDetector:
         if quantity in _LAST_LAYER:
             if is_everywhere and num_layers > 1:
                 layer = ALL_LAYERS
-            # A norm that the script logs breaks with any layer; what gradients break with, the last one has.
-            entered_broken = innermost([name for name in readings[quantity] if name != ALL_LAYERS] or broken)[
-                -1
-            ]
             lost = next((name for name in readings if self._ceased_to_be_finite(name, step)), None)
-            if lost is not None and entered_broken in broken:
+            # A norm that the script logs breaks with any layer; what gradients break with, the last one has.
+            layers = [name for name in readings[quantity] if name != ALL_LAYERS] or [ALL_LAYERS]
+            if lost is not None and innermost(layers)[-1] in broken:
                 how_many = f"with it {quantity} of {how_many}"
                 quantity, layer = lost, ALL_LAYERS
         # Logits that are broken in every layer came in broken: before attention less is measured.

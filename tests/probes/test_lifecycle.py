@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,15 +25,6 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> N
     model(x).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-
-
-def trained_for_three_steps() -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
-    model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with probes.attach(model, optimizer) as probe:
-        for _ in range(3):
-            one_step(model, optimizer, torch.ones(2, 1))
-        return model, optimizer, probe.state_dict()
 
 
 def linear() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -213,43 +203,6 @@ class TestBadInput:
         with probes.attach(nn.Linear(1, 1)) as probe, probes.attach(nn.Linear(1, 1), detectors=[]) as other:
             with pytest.raises(ValueError, match="Attach with the same ones"):
                 other.load_state_dict(probe.state_dict())
-
-    def test_a_detector_that_was_added_since_begins_anew_and_the_others_go_on(self) -> None:
-        model, optimizer, state = trained_for_three_steps()
-        [(_, saved)] = state["detectors"]
-        del saved["detectors"]["FrozenLayerDetector"]
-        with probes.attach(model, optimizer) as probe:
-            probe.load_state_dict(state)
-            [(_, loaded)] = probe.state_dict()["detectors"]
-            assert loaded["detectors"].pop("FrozenLayerDetector")["num_frozen"] == {}
-            assert loaded == saved
-
-    def test_a_detector_whose_state_cannot_be_read_begins_anew(self) -> None:
-        model, optimizer, state = trained_for_three_steps()
-        [(_, saved)] = state["detectors"]
-        del saved["detectors"]["VanishingGradientDetector"]["num_gone"]
-        with probes.attach(model, optimizer) as probe:
-            nothing_known = probe.state_dict()["detectors"]
-            with pytest.warns(probes.ProbeWarning, match="EpisodeDetector cannot be read .*num_gone") as told:
-                probe.load_state_dict(state)
-            assert told[0].filename == __file__
-            assert (probe.state_dict()["step"], probe.state_dict()["detectors"]) == (3, nothing_known)
-
-    def test_a_detector_that_can_read_no_state_is_dropped(self) -> None:
-        class Forgetful(NonFiniteDetector):
-            def load_state_dict(self, state: dict[str, Any]) -> None:
-                raise KeyError("habit")
-
-        model = nn.Linear(1, 1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with probes.attach(model, optimizer, detectors=[Forgetful()]) as probe:
-            with pytest.warns(probes.ProbeWarning) as told:
-                probe.load_state_dict(probe.state_dict())
-            one_step(model, optimizer, torch.ones(2, 1))
-        assert ["cannot be read" in str(told[0].message), "is dropped" in str(told[1].message)] == [
-            True,
-            True,
-        ]
 
 
 class TestLettingGo:

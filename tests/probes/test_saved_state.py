@@ -1,4 +1,4 @@
-"""What ``Probe.load_state_dict`` refuses, and says of it."""
+"""What ``Probe.load_state_dict`` refuses, and what it goes on without."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import probes
+from stability.divergence import NonFiniteDetector
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -56,3 +57,58 @@ def test_the_state_of_a_model_of_which_a_part_is_new() -> None:
     with probes.attach(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))) as probe:
         probe.load_state_dict(state)
         assert "step 1" in repr(probe)
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.ones(2, 1)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trained_for_three_steps() -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probes.attach(model, optimizer) as probe:
+        for _ in range(3):
+            one_step(model, optimizer)
+        return model, optimizer, probe.state_dict()
+
+
+def test_a_detector_that_was_added_since_begins_anew_and_the_others_go_on() -> None:
+    model, optimizer, state = trained_for_three_steps()
+    [(_, saved)] = state["detectors"]
+    del saved["detectors"]["FrozenLayerDetector"]
+    with probes.attach(model, optimizer) as probe:
+        probe.load_state_dict(state)
+        [(_, loaded)] = probe.state_dict()["detectors"]
+        assert loaded["detectors"].pop("FrozenLayerDetector")["num_frozen"] == {}
+        assert loaded == saved
+
+
+def test_a_detector_whose_state_cannot_be_read_begins_anew() -> None:
+    model, optimizer, state = trained_for_three_steps()
+    [(_, saved)] = state["detectors"]
+    del saved["detectors"]["VanishingGradientDetector"]["num_gone"]
+    with probes.attach(model, optimizer) as probe:
+        nothing_known = probe.state_dict()["detectors"]
+        with pytest.warns(probes.ProbeWarning, match="EpisodeDetector cannot be read .*num_gone") as told:
+            probe.load_state_dict(state)
+        assert told[0].filename == __file__
+        assert (probe.state_dict()["step"], probe.state_dict()["detectors"]) == (3, nothing_known)
+
+
+def test_a_detector_that_can_read_no_state_is_dropped() -> None:
+    class Forgetful(NonFiniteDetector):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise KeyError("habit")
+
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probes.attach(model, optimizer, detectors=[Forgetful()]) as probe:
+        with pytest.warns(probes.ProbeWarning) as told:
+            probe.load_state_dict(probe.state_dict())
+        one_step(model, optimizer)
+    assert ["cannot be read" in str(told[0].message), "is dropped" in str(told[1].message)] == [
+        True,
+        True,
+    ]
