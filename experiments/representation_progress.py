@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from experiments.representation_plan import (
     run_config,
     selection_runs,
 )
+from experiments.run_records import read_facts, run_files
 
 # Lowest validation loss of a run; None of one that is not finished.
 LossOf = Callable[[RepresentationConfig], float | None]
@@ -100,17 +101,17 @@ class Progress:
 
     Args:
         work: Folder of this machine's runs.
-        done: What the machine before left (`write`); None at the beginning.
+        done: What machines before left: files of `write`, or archives with their runs.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is another file.
     """
 
-    def __init__(self, work: Path, done: Path | None = None) -> None:
+    def __init__(self, work: Path, done: Sequence[Path] = ()) -> None:
         self.work = work
         self.unusable: dict[str, str] = {}
-        self._before = {} if done is None else _read(done)
+        self._before = {name: entry for path in done for name, entry in _read(path).items()}
         self._here: dict[str, dict[str, Any]] = {}
 
     def validation_loss(self, config: RepresentationConfig) -> float | None:
@@ -158,12 +159,18 @@ class Progress:
         if config.name not in self._here and RunPaths.of(config.name, self.work).records.exists():
             facts = finished_facts(config, self.work)
             if facts is not None:
-                entry = {"config": facts["config"], "validation_loss": facts["validation_loss"]}
-                self._here[config.name] = entry
+                self._here[config.name] = _entry(facts)
         return self._here.get(config.name)
 
 
+def _entry(facts: dict[str, Any]) -> dict[str, Any]:
+    return {"config": facts["config"], "validation_loss": facts["validation_loss"]}
+
+
 def _read(path: Path) -> dict[str, dict[str, Any]]:
+    if path.suffix == ".zip":
+        of_runs = [read_facts(file) for _, file in run_files(path)]
+        return {facts["config"]["name"]: _entry(facts) for facts in of_runs if "validation_loss" in facts}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if all({"config", "validation_loss"} <= entry.keys() for entry in content.values()):

@@ -165,7 +165,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     add("--prepared", type=Path, help="read the cells from this file of `prepare_representations`")
     add("--seeds", type=positive_int, default=NUM_SEEDS, help=f"final runs of each (default {NUM_SEEDS})")
-    add("--done", type=Path, help=f"{DONE} of an earlier machine: its runs are not repeated")
+    add(
+        "--done", type=Path, nargs="+", default=[],
+        help=f"{DONE} of an earlier machine, or archives: their runs are not repeated",
+    )  # fmt: skip
     add("--out", type=Path, help="archives of finished runs (default: results below --work)")
     add("--side-by-side", type=positive_int, default=1, help="runs that share a device (default 1)")
     options = parser.parse_args(arguments)

@@ -193,16 +193,16 @@ def run_files(source: Path) -> Iterator[tuple[str, IO[bytes]]]:
         yield str(source), io.BytesIO(source.read_bytes())
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def read_facts(file: Path | IO[bytes]) -> dict[str, Any]:
     """The facts of a run's file alone, without its records.
 
     Args:
-        path: Of `write_run`.
+        file: Of `write_run`.
 
     Returns:
         The facts.
     """
-    with np.load(path) as content:
+    with np.load(file) as content:
         facts: dict[str, Any] = json.loads(str(content["facts"]))
     return facts
 

@@ -6,6 +6,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+
+from experiments.prepare_representations import prepare
+from experiments.representation_data import DATASETS, FOLDER
 from experiments.representation_plan import NUM_SEEDS
 from experiments.representation_progress import Plan
 from experiments.representation_results import read_raw
@@ -26,6 +30,13 @@ def test_they_are_all_that_the_plan_asks_for():
     for name, config in asked.items():
         assert trials[name].config == json.loads(json.dumps(asdict(config)))
     assert len(planned) - len(asked) == 7 * 2 * NUM_SEEDS
+
+
+@pytest.mark.skipif(not FOLDER.is_dir(), reason="the cells of ../shared are not on this machine")
+@pytest.mark.parametrize("name", ["cortexculture_human_fetal_brain", "endocrinogenesis_mouse_pancreas"])
+def test_they_are_of_the_cells_that_are_prepared_today(name):
+    digests = {run.config["data_digest"] for run in read_raw([TRIALS]) if run.config["dataset"] == name}
+    assert digests == {prepare(DATASETS[name]).digest}
 
 
 def test_the_page_has_their_means_and_what_they_chose():

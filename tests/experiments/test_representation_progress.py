@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from dataclasses import asdict, replace
 
 import pytest
@@ -98,7 +99,7 @@ def test_what_one_machine_finished_the_next_knows(tmp_path):
     assert progress.validation_loss(CONFIG) == 4.0
     assert math.isnan(progress.validation_loss(other))
     progress.write(tmp_path / "done.json", [CONFIG.name])  # the other had no room in the archives
-    progress = Progress(second, tmp_path / "done.json")
+    progress = Progress(second, [tmp_path / "done.json"])
     assert progress.validation_loss(CONFIG) == 4.0
     assert progress.validation_loss(other) is None
     finished(second, other, loss=3.0)
@@ -107,12 +108,23 @@ def test_what_one_machine_finished_the_next_knows(tmp_path):
     assert json.loads((tmp_path / "done2.json").read_text()).keys() == {CONFIG.name, "other"}
 
 
+def test_runs_of_archives_are_known_too(tmp_path):
+    finished(tmp_path)
+    write_run(tmp_path / "pca.npz", {"config": {"name": "pca"}}, RecordTable().arrays())  # a baseline
+    with zipfile.ZipFile(tmp_path / "runs.zip", "w") as archive:
+        for path in tmp_path.glob("*.npz"):
+            archive.write(path, path.name)
+    (tmp_path / "done.json").write_text("{}")
+    progress = Progress(tmp_path / "empty", [tmp_path / "runs.zip", tmp_path / "done.json"])
+    assert progress.validation_loss(CONFIG) == 4.0
+
+
 def test_a_run_of_other_cells_before_is_no_run_of_ours(tmp_path, capsys):
     finished(tmp_path)
     progress = Progress(tmp_path)
     progress.validation_loss(CONFIG)
     progress.write(tmp_path / "done.json", [CONFIG.name])
-    later = Progress(tmp_path / "empty", tmp_path / "done.json")
+    later = Progress(tmp_path / "empty", [tmp_path / "done.json"])
     assert later.validation_loss(replace(CONFIG, data_digest="other")) is None
     assert "another configuration" in later.unusable[CONFIG.name]
     assert capsys.readouterr().out.startswith(CONFIG.name)
@@ -131,4 +143,4 @@ def test_a_file_that_is_broken_is_told_of_once(tmp_path, capsys, content):
 def test_files_that_name_no_finished_runs(tmp_path, content):
     (tmp_path / "done.json").write_text(content)
     with pytest.raises(ValueError, match="as an earlier call wrote them"):
-        Progress(tmp_path, tmp_path / "done.json")
+        Progress(tmp_path, [tmp_path / "done.json"])
