@@ -2,10 +2,10 @@
 
 In each round every contender trains for a turn, in an order drawn anew: half a turn that is not counted, then
 the turn. All share weights and optimizer, in one process. Told are median times, the ratio to each softmax
-contender round by round with a 95 % bootstrap interval, and what Amdahl's law predicts from the times of
-attention alone.
+contender round by round with a 95 % bootstrap interval, and what Amdahl's law predicts from what the GPU
+computes for attention alone.
 
-    PYTHONPATH=. python -m experiments.training_speed --device cuda --out results     # one H100, six minutes
+    PYTHONPATH=. python -m experiments.training_speed --device cuda --out results    # one H200, three minutes
     PYTHONPATH=. python -m experiments.training_speed --device cuda --cases "eager*8192*" --rounds 15
     python -m experiments.training_speed --preset tiny --out runs/speed               # that it runs
 
@@ -37,7 +37,13 @@ from experiments.command_line import (
     run_facts,
     write_json,
 )
-from experiments.training_speed_contenders import Mode, SharedTraining, speed_contenders
+from experiments.gpu_time import gpu_times
+from experiments.training_speed_contenders import (
+    Mode,
+    SharedTraining,
+    contenders_compile,
+    speed_contenders,
+)
 from experiments.training_speed_report import Speed, markdown, ratios
 
 DEFAULT_OUT = Path("runs/training-speed")
@@ -117,7 +123,7 @@ def measure_case(
         found.append(contender)
         functions[contender.name], attention[contender.name] = step, own
     turns = time_rounds(functions, dict.fromkeys(functions, steps), rounds=rounds, device=device)
-    alone = measure(attention, rounds=max(3, rounds // 2), turn_ms=20.0, device=device)
+    alone = attention_times(attention, device)
     tokens = sum(case.lengths or [case.tokens] * case.batch)
     speeds = []
     for contender in found:
@@ -130,6 +136,21 @@ def measure_case(
             )
         )  # fmt: skip
     return speeds, failed
+
+
+def attention_times(functions: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
+    """Milliseconds of attention by itself, forward and backward.
+
+    On a GPU that of its kernels: a training launches them long before their turn, attention alone would wait
+    for its host.
+
+    Args:
+        functions: Contender → both passes.
+        device: "cpu" or "cuda".
+    """
+    if device == "cpu":
+        return measure(functions, rounds=3, turn_ms=20.0, device=device)
+    return {name: gpu_times(function, calls=10)[0].total() for name, function in functions.items()}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -167,9 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         for mode, case in options.chosen:
-            # All contenders compile the same code; past its limit dynamo would run them eagerly.
             torch._dynamo.reset()
-            with torch._dynamo.config.patch(recompile_limit=64):
+            with contenders_compile():
                 speeds, failed = measure_case(
                     mode, case, PRESETS[options.preset].num_layers, options.device,
                     rounds=options.rounds, steps=options.steps,

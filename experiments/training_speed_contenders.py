@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any, Literal
@@ -78,6 +78,20 @@ def speed_contenders(case: Case, device: str) -> list[Contender]:
         Contender("softmax, cuDNN", "softmax", sdpa, backend(SDPBackend.CUDNN_ATTENTION)),
         Contender("softmax, memory-efficient", "softmax", sdpa, backend(SDPBackend.EFFICIENT_ATTENTION)),
     ]
+
+
+@contextmanager
+def contenders_compile() -> Iterator[None]:
+    """Every contender is compiled, and to its own code.
+
+    They compile the same Python: past its limit dynamo would run the last ones eagerly, and the cache of what
+    AOTAutograd made does not see which backend of SDPA was asked for, so that all would get the first one's.
+    """
+    with (
+        torch._dynamo.config.patch(recompile_limit=64),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
 
 
 class PackedAttention:

@@ -33,7 +33,7 @@ class Speed:
         kind: "ours" or "softmax".
         milliseconds: Median of a step.
         tokens_per_second: Valid tokens, padding not counted.
-        attention_milliseconds: Attention of all layers, forward and backward, by itself.
+        attention_milliseconds: Attention of all layers, forward and backward, by itself, on the GPU.
         attention_share: Of the step's time.
         turns: Milliseconds a step, round by round.
     """

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +13,7 @@ from experiments.cell_pool import CellPool, synthetic_pool
 from experiments.cell_transformer import MECHANISMS
 from experiments.cells import Cells
 from experiments.gene_ranks import RankedCells
+from experiments.gpu_time import gpu_times
 from experiments.representation_plan import run_config
 from experiments.representation_training import training_of
 
@@ -153,30 +153,18 @@ def pool_of_lengths(shortest: int) -> CellPool:
 
 
 def step_times(training, steps: int = 50) -> str:
-    """Of a step: time alone, CPU time of all threads, and what the GPU computes, from the profiler.
-
-    CUDA events would not tell the last one: between two of them the GPU also waits for the host.
-    """
+    """Of a step: time alone, CPU time of all threads, and what the GPU computes, from the profiler."""
     torch.cuda.synchronize()
     began, cpu_began = time.perf_counter(), time.process_time()
     for _ in range(steps):
         training._train_step()
     torch.cuda.synchronize()
     alone, cpu = time.perf_counter() - began, time.process_time() - cpu_began
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(steps):
-            training._train_step()
-        torch.cuda.synchronize()
-    times: Counter[str] = Counter()
-    launches = 0
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            times[event.name] += event.time_range.elapsed_us() / 1e3 / steps
-            launches += 1
+    times, launches = gpu_times(training._train_step, steps)
     alone, cpu = 1e3 * alone / steps, 1e3 * cpu / steps
     return (
         f"{1e3 / alone:.0f} steps a second alone; a step takes {alone:.1f} ms, {cpu:.1f} ms of CPU time, "
-        f"{times.total():.1f} ms of the GPU in {launches // steps} kernels and copies, the longest:\n"
+        f"{times.total():.1f} ms of the GPU in {launches} kernels and copies, the longest:\n"
         + "\n".join(f"{each:8.3f} ms  {name[:90]}" for name, each in times.most_common(8))
     )
 
@@ -189,6 +177,8 @@ def test_training_on_a_gpu(mechanism, shortest):
     with training_of(replace(made, steps=100), pool_of_lengths(shortest), "cuda") as training:
         assert training.run(time.monotonic() + 60)
         losses = [loss for _, loss in training.validation]
-        assert losses[-1] < losses[0]
+        # The lowest, not the last: with sigmoid and full cells one seed's loss goes back up at the end of warm-up,
+        # by the reference implementation as well (docs/results/2026-11-22-representations-pilot.md).
+        assert min(losses) < losses[0] - 0.1
         assert np.isfinite(training.embed(training.task.validation)).all()
         print(f"\n{mechanism}, cells of {shortest} genes and more: {step_times(training)}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,12 @@ import torch
 from experiments import training_speed
 from experiments.attention_contenders import Case, Contender
 from experiments.training_speed import PRESETS, case_name, main, measure_case
-from experiments.training_speed_contenders import PackedAttention, SharedTraining, speed_contenders
+from experiments.training_speed_contenders import (
+    PackedAttention,
+    SharedTraining,
+    contenders_compile,
+    speed_contenders,
+)
 from experiments.training_speed_report import Speed, amdahl, ratios
 from experiments.training_speed_report import main as report
 
@@ -194,6 +200,25 @@ def test_compiled_contenders_of_one_function_keep_their_own_code(case, monkeypat
             weights.append(training.model.gene_embedding.weight.detach())
         assert torch.allclose(*weights, atol=1e-6)
     assert compiled == [ours.name, softmax.name, "twin"]
+
+
+@pytest.mark.slow
+def test_compiled_contenders_keep_their_own_backend():
+    """The graphs are equal, and inductor's cache would give both what was compiled first."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    _, softmax = speed_contenders(CASE, "cpu")
+    torch._dynamo.reset()
+    found = []
+    with contenders_compile():
+        for choice in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+            contender = Contender(choice.name, "softmax", softmax.attend, partial(sdpa_kernel, choice))
+            step = SharedTraining(CASE, 1, "cpu").step_of(contender, "compiled", "inductor")
+            step()
+            with torch.profiler.profile() as profile:
+                step()
+            found.append(any("flash_attention" in event.key for event in profile.key_averages()))
+    assert found == [True, False]
 
 
 @pytest.mark.gpu
