@@ -62,11 +62,14 @@ def scope_of(runs: Sequence[RawRun]) -> Scope:
         if run.config["dataset"] not in controls:
             finals.setdefault(run.config["dataset"], []).append(run)
     planned = PLANNED if finals.keys() <= set(PLANNED) else tuple(finals)
+    missing = tuple(name for name in planned if not _seeds_of_both(finals.get(name, [])))
     return Scope(
         controls,
         planned,
-        missing=tuple(name for name in planned if not _seeds_of_both(finals.get(name, []))),
-        unlearned=tuple(name for name, found in finals.items() if not _has_learned(found)),
+        missing,
+        unlearned=tuple(
+            name for name, found in finals.items() if name not in missing and not _has_learned(found)
+        ),
         at_budget=tuple(
             name for name, found in finals.items() if 2 * sum(map(_is_ended_by_steps, found)) > len(found)
         ),

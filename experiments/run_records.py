@@ -116,12 +116,13 @@ def write_run(path: Path, facts: dict[str, Any], arrays: Arrays) -> None:
     os.replace(temporary, path)
 
 
-def write_run_to(file: IO[bytes], run: RecordedRun) -> None:
+def write_run_to(file: IO[bytes], run: RecordedRun, **arrays: NDArray[Any]) -> None:
     """Write a run that was read, or a part of it.
 
     Args:
         file: Open for writing.
         run: The run; its records are written series by series.
+        **arrays: What its file holds besides.
     """
     counts = [len(steps) for steps, _ in run.series.values()]
     np.savez_compressed(
@@ -132,6 +133,7 @@ def write_run_to(file: IO[bytes], run: RecordedRun) -> None:
         value=np.concatenate([np.empty(0, np.float32), *(values for _, values in run.series.values())]),
         names=np.array(json.dumps([list(series) for series in run.series])),
         alerts=np.array(json.dumps(run.alerts)),
+        **arrays,  # type: ignore[arg-type]
     )
 
 

@@ -40,11 +40,11 @@ def thinned(run: RecordedRun, every: int) -> RecordedRun:
             series[name] = steps, values
         elif name.head is None and name.quantity != "weight_norm":
             kept = steps % every == 0
-            series[name] = steps[kept], _rounded(values[kept])
+            series[name] = steps[kept], rounded(values[kept])
     return RecordedRun(run.facts, run.alerts, series)
 
 
-def _rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
+def rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Zeros in the last 13 bits, which compress well."""
     return (values.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 

@@ -80,6 +80,12 @@ def test_missing_data_sets_are_of_the_plans_six():
     assert "Missing: pbmc3k_human_blood, cortexculture" in scope.remarks()
 
 
+def test_a_data_set_that_lacks_a_mechanism_is_missing_and_nothing_else():
+    scope = scope_of([raw()])
+    assert GUT in scope.missing
+    assert scope.unlearned == ()
+
+
 def test_data_sets_of_ones_own_are_their_own_family():
     scope = scope_of([*pair(dataset="own"), *pair(dataset="lines", is_control=True)])
     assert (scope.planned, scope.controls, scope.missing) == (("own",), {"lines"}, ())

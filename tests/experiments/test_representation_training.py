@@ -177,8 +177,8 @@ def test_training_on_a_gpu(mechanism, shortest):
     with training_of(replace(made, steps=100), pool_of_lengths(shortest), "cuda") as training:
         assert training.run(time.monotonic() + 60)
         losses = [loss for _, loss in training.validation]
-        # The lowest, not the last: with sigmoid and full cells one seed's loss goes back up before warm-up ends,
-        # by the reference implementation as well (docs/results/2026-11-22-representations-pilot.md).
+        # The lowest, not the last: in one seed of sigmoid on full cells the loss goes back up, with the
+        # reference implementation as well (docs/results/2026-11-22-representations-pilot.md).
         assert min(losses) < losses[0] - 0.1
         assert np.isfinite(training.embed(training.task.validation)).all()
         print(f"\n{mechanism}, cells of {shortest} genes and more: {step_times(training)}")
