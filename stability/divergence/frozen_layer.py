@@ -25,9 +25,9 @@ class FrozenLayerDetector:
     when `adam_update_rms` is below ``limit`` for ``num_records`` of its records in a row, while that of one
     and the same other layer is a hundred times the limit for as long: a training that has learned everything
     has small gradients everywhere. A gradient that is exactly zero (an expert that no token was routed to)
-    says nothing here; a layer that has none at all is `VanishingGradientDetector`'s. Named is the layer that
-    froze first, of several the first in the forward pass. One alert an episode, which ends when no layer is
-    frozen.
+    says nothing here; a layer that has none at all is `VanishingGradientDetector`'s. An episode ends when
+    no layer is frozen; in it every layer is told once, those that turn out to be frozen at one record by one
+    alert. Named is the one that froze first, of several the first in the forward pass.
 
     Args:
         limit: √mean(g²/v̂), 1 where gradients are what they have been.
@@ -60,7 +60,7 @@ class FrozenLayerDetector:
         self._tracks = Tracks(_WINDOW)
         self._num_frozen: dict[str, int] = {}  # records in a row, by layer
         self._num_alive: dict[str, int] = {}
-        self._is_reported = False
+        self._told: set[str] = set()  # layers, in this episode
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
@@ -79,9 +79,11 @@ class FrozenLayerDetector:
             self._num_alive[layer] = self._num_alive.get(layer, 0) + 1 if is_alive else 0
         frozen = [layer for layer, number in self._num_frozen.items() if number >= self._num_records]
         is_any_alive = max(self._num_alive.values()) >= self._num_records
-        is_fault = bool(frozen) and (is_any_alive or self._is_reported)
-        begins, self._is_reported = is_fault and not self._is_reported, is_fault
-        return [self._alert(step, frozen)] if begins else []
+        if not frozen:
+            self._told.clear()
+        joined = [layer for layer in frozen if is_any_alive and layer not in self._told]
+        self._told.update(joined)
+        return [self._alert(step, joined, len(frozen))] if joined else []
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
@@ -89,7 +91,7 @@ class FrozenLayerDetector:
             "tracks": self._tracks.state_dict(),
             "num_frozen": dict(self._num_frozen),
             "num_alive": dict(self._num_alive),
-            "is_reported": self._is_reported,
+            "told": sorted(self._told),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -97,10 +99,10 @@ class FrozenLayerDetector:
         self._tracks = Tracks(_WINDOW, state["tracks"])
         self._num_frozen = dict(state["num_frozen"])
         self._num_alive = dict(state["num_alive"])
-        self._is_reported = state["is_reported"]
+        self._told = set(state["told"])
 
-    def _alert(self, step: int, frozen: list[str]) -> Alert:
-        layer, spread = origin(self._tracks, frozen, ties="first")
+    def _alert(self, step: int, joined: list[str], num_frozen: int) -> Alert:
+        layer, spread = origin(self._tracks, joined, ties="first")
         track = self._tracks[layer]
         size = track.recent[-1][1]
         return Alert(
@@ -111,7 +113,7 @@ class FrozenLayerDetector:
             size,
             self._limit,
             f"Adam hardly moves it: its steps are {size:.1g} of full size since step {track.onset}, while "
-            f"other layers learn; {len(frozen)} of {len(self._num_frozen)} layers.",
+            f"other layers learn; {num_frozen} of {len(self._num_frozen)} layers.",
             kind="frozen-layer",
             onset_step=track.onset,
             evidence=track.recent,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings
-from stability.divergence.remedies import REMEDIES
+from stability.divergence.remedies import remedies_for
 from stability.divergence.track import Tracks, logs, origin
 
 _TINY = 1e-12  # a share or an entropy of zero has no logarithm
@@ -110,7 +110,7 @@ class QuantityRangeDetector:
         begins = not self._is_reported and bool(out)
         self._is_reported |= begins
         self._is_reported &= not self._tracks.are_ordinary(rows[judged])
-        return [self._alert(step, out, len(judged))] if begins else []
+        return [self._alert(step, readings, out, len(judged))] if begins else []
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
@@ -121,7 +121,7 @@ class QuantityRangeDetector:
         self._tracks = Tracks(self._window, state["tracks"])
         self._is_reported = state["is_reported"]
 
-    def _alert(self, step: int, medians: Mapping[str, float], num_judged: int) -> Alert:
+    def _alert(self, step: int, readings: Readings, medians: Mapping[str, float], num_judged: int) -> Alert:
         layer, spread = origin(self._tracks, medians, ties="first")
         track = self._tracks[layer]
         value, reference = track.recent[-1][1], math.exp(self._sign * medians[layer])
@@ -141,5 +141,5 @@ class QuantityRangeDetector:
             onset_step=track.onset,
             evidence=track.recent,
             spread=spread,
-            remedies=REMEDIES.get(self._kind, ()),
+            remedies=remedies_for(self._kind, layer, readings),
         )

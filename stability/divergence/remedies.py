@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from stability.divergence.detector import Readings
+
 _QK_NORM = "qk-norm: normalise queries and keys (2302.05442)"
 _QK_CLIP = "QK-clip: rescale query and key weights where the largest logit passes 100 (2507.20534)"
 _Z_LOSS = "z-loss on the output logits (2204.02311; 2309.14322)"
 _CLIPPING = "clip the gradient norm (1211.5063), or by its own history (ZClip, 2504.02507; AdaGC, 2502.11034)"
 _BETA2 = "lower Adam's beta2 to 0.95-0.99, or clip updates by their RMS as StableAdamW does (2304.13013)"
 _WARM_UP = "longer warm-up, lower peak learning rate (2309.14322; 2406.09405)"
-_SIGMOID = "sigmoid attention, whose row Jacobian is diagonal (2409.04431; 2604.27124)"
+_SIGMOID = "sigmoid attention in place of softmax: its row Jacobian is diagonal (2409.04431; 2604.27124)"
 _SIGMOID_BIAS = "sigmoid attention's bias at -ln n, or a norm behind it (2409.04431; 2604.27124)"
 _SIGMA_REPARAM = "sigma-reparametrisation of the projections (2303.06296)"
 _SKIP = "skip the batch, or go back to the last good checkpoint and past it (PaLM, 2204.02311)"
@@ -46,3 +48,20 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     "initialisation": (_INITIALISATION, "muP (2203.03466)"),
 }
 """Kind → remedies, the likeliest first."""
+
+
+def remedies_for(kind: str, layer: str, readings: Readings) -> tuple[str, ...]:
+    """Those of a kind that the layer can follow: not sigmoid attention, where its attention is sigmoid.
+
+    Args:
+        kind: Of an alert; one that is not known has no remedies.
+        layer: Where it began.
+        readings: Of the alert's step. Row sums are recorded of sigmoid attention alone: softmax's are 1.
+
+    Example:
+        >>> with_row_sum = {"attention/entropy": {"a": 0.1}, "attention/row_sum": {"a": 1.0}}
+        >>> set(REMEDIES["entropy-collapse"]) - set(remedies_for("entropy-collapse", "a", with_row_sum))
+        {'sigmoid attention in place of softmax: its row Jacobian is diagonal (2409.04431; 2604.27124)'}
+    """
+    is_sigmoid = layer in readings.get("attention/row_sum", {})
+    return tuple(remedy for remedy in REMEDIES.get(kind, ()) if not (is_sigmoid and remedy == _SIGMOID))

@@ -25,8 +25,9 @@ class VanishingGradientDetector:
     everywhere. A layer whose gradient comes and goes (an expert that few tokens are routed to) has to be
     without one for longer: until a run of that many steps would come by chance once in a million times, were
     steps independent, at the share of steps that brought it none so far. One that never had a gradient is
-    dead after ``window`` steps. Of several layers that go at the same step the last in the forward pass is
-    named: what dies there, dies before it too.
+    dead after ``window`` steps. An episode ends when no layer is dead or vanishing; in it every layer is told
+    once, those of one step by one alert. Named is the one that went first, of several the last in the forward
+    pass: what dies there, dies before it too.
 
     Args:
         ratio: Median over norm that counts as vanished.
@@ -78,7 +79,7 @@ class VanishingGradientDetector:
         self._num_gone: dict[str, int] = {}  # steps in a row, by layer
         self._num_present: dict[str, int] = {}  # other steps
         self._num_steps_seen = 0
-        self._is_reported = False
+        self._told: set[str] = set()  # layers, in this episode
 
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
@@ -118,9 +119,11 @@ class VanishingGradientDetector:
             for layer in layers
             if self._num_gone[layer] >= self._num_steps and self._num_gone[layer] >= self._patience(layer)
         ]
-        is_fault = bool(gone) and (is_any_alive or self._is_reported)
-        begins, self._is_reported = is_fault and not self._is_reported, is_fault
-        return [self._alert(step, gone, len(layers))] if begins else []
+        if not gone:
+            self._told.clear()
+        joined = [layer for layer in gone if is_any_alive and layer not in self._told]
+        self._told.update(joined)
+        return [self._alert(step, joined, len(gone), len(layers))] if joined else []
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
@@ -129,7 +132,7 @@ class VanishingGradientDetector:
             "num_gone": dict(self._num_gone),
             "num_present": dict(self._num_present),
             "num_steps_seen": self._num_steps_seen,
-            "is_reported": self._is_reported,
+            "told": sorted(self._told),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -138,7 +141,7 @@ class VanishingGradientDetector:
         self._num_gone = dict(state["num_gone"])
         self._num_present = dict(state["num_present"])
         self._num_steps_seen = state["num_steps_seen"]
-        self._is_reported = state["is_reported"]
+        self._told = set(state["told"])
 
     def _patience(self, layer: str) -> float:
         """Steps in a row without a gradient that are no habit of this layer."""
@@ -150,8 +153,8 @@ class VanishingGradientDetector:
         num_absent = self._num_steps_seen - self._num_gone[layer] - num_present + 1
         return _LOG_CHANCE / math.log(num_absent / (num_absent + num_present))
 
-    def _alert(self, step: int, gone: list[str], num_layers: int) -> Alert:
-        layer, spread = origin(self._tracks, gone, ties="last")
+    def _alert(self, step: int, joined: list[str], num_gone: int, num_layers: int) -> Alert:
+        layer, spread = origin(self._tracks, joined, ties="last")
         track = self._tracks[layer]
         norm = track.recent[-1][1]
         row = self._tracks.rows([layer])
@@ -168,7 +171,7 @@ class VanishingGradientDetector:
             "warning",
             norm,
             reference,
-            f"{what}, while other layers still learn; {len(gone)} of {num_layers} layers.",
+            f"{what}, while other layers still learn; {num_gone} of {num_layers} layers.",
             kind=kind,
             onset_step=track.onset,
             evidence=track.recent,

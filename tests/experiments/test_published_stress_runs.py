@@ -9,7 +9,7 @@ import pytest
 
 from experiments.stress_ledger import COLUMNS, markdown_table, read_runs
 from experiments.sustained_explosion import judge_long_run
-from stability.divergence import FrozenLayerDetector
+from stability.divergence import Alert, FrozenLayerDetector
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
 
@@ -85,7 +85,8 @@ def test_gradients_grow_with_softmax_alone():
 
 def test_the_detector_tells_of_frozen_layers():
     told: dict[str, list[int]] = {"softmax": [], "sigmoid": []}
-    for run in read_runs([RESULTS / "stress-160m"]).values():
+    joined: dict[str, list[Alert]] = {}
+    for name, run in read_runs([RESULTS / "stress-160m"]).items():
         sizes: dict[int, dict[str, float]] = {}
         for series, (steps, values) in run.series.items():
             if series.quantity == "adam_update_rms":
@@ -98,4 +99,9 @@ def test_the_detector_tells_of_frozen_layers():
             for alert in detector.update(step, {"adam_update_rms": sizes[step]})
         ]
         told[run.facts["config"]["mechanism"]] += [alert.step for alert in alerts[:1]]
+        joined[name] = alerts[1:]
     assert (len(told["sigmoid"]), told["sigmoid"].count(600), len(told["softmax"])) == (18, 16, 2)
+    assert max(map(len, joined.values())) == 2
+    (alert,) = joined["lead-sigmoid-seed0"]
+    assert (alert.step, alert.layer) == (800, "blocks.0.mlp_norm")
+    assert alert.spread == ("blocks.0.mlp.hidden", "blocks.0.mlp.output")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import pytest
@@ -7,21 +8,23 @@ import torch
 from torch import nn
 
 import probes
-from stability.divergence import Alert, FrozenLayerDetector
+from stability.divergence import Alert, EpisodeDetector, FrozenLayerDetector
+from tests.stability.divergence.series import Step
+from tests.stability.divergence.series import verdicts as heard
 
 DETAILS_EVERY = 200
 
 
-def verdicts(**sizes: Sequence[float]) -> list[Alert]:
-    """Of Adam step sizes by layer, a record each `DETAILS_EVERY` steps."""
-    detector = FrozenLayerDetector()
+def records(details_every: int = DETAILS_EVERY, **sizes: Sequence[float]) -> list[tuple[int, Step]]:
+    """Of Adam step sizes by layer, a record each so many steps."""
     return [
-        alert
+        (details_every * i, {"adam_update_rms": dict(zip(sizes, values, strict=True))})
         for i, values in enumerate(zip(*sizes.values(), strict=True))
-        for alert in detector.update(
-            DETAILS_EVERY * i, {"adam_update_rms": dict(zip(sizes, values, strict=True))}
-        )
     ]
+
+
+def verdicts(**sizes: Sequence[float]) -> list[Alert]:
+    return heard(FrozenLayerDetector(), records(**sizes))
 
 
 def test_a_frozen_layer_is_told_once_with_the_step_since_when() -> None:
@@ -32,14 +35,79 @@ def test_a_frozen_layer_is_told_once_with_the_step_since_when() -> None:
     assert alert.remedies
 
 
-def test_the_first_to_freeze_is_the_origin() -> None:
-    (alert,) = verdicts(early=[1.0, 0.5, *[1e-5] * 4], late=[1.0, *[1e-5] * 5], head=[1.0, *[0.5] * 5])
-    assert (alert.layer, alert.onset_step, alert.step) == ("late", 200, 600)
+def test_the_first_to_freeze_is_told_first() -> None:
+    alerts = verdicts(early=[1.0, 0.5, *[1e-5] * 4], late=[1.0, *[1e-5] * 5], head=[1.0, *[0.5] * 5])
+    assert [(alert.layer, alert.onset_step, alert.step) for alert in alerts] == [
+        ("late", 200, 600),
+        ("early", 400, 800),
+    ]
+
+
+def test_of_several_the_first_to_freeze_is_the_origin() -> None:
+    # The head has learned long enough only when both are frozen.
+    head = [1.0, 0.05, *[0.5] * 4]
+    (alert,) = verdicts(early=[1.0, 0.5, *[1e-5] * 4], late=[1.0, *[1e-5] * 5], head=head)
+    assert (alert.layer, alert.onset_step, alert.step, alert.spread) == ("late", 200, 800, ("early",))
 
 
 def test_a_layer_that_thaws_and_freezes_again_is_told_twice() -> None:
     mlp = [*[1e-5] * 3, 0.1, *[1e-5] * 3]
     assert [alert.step for alert in verdicts(mlp=mlp, head=[1.0] * 7)] == [400, 1200]
+
+
+def mlps(num_records: int) -> dict[str, list[float]]:
+    """Twelve that freeze, three a record from the second one on, beside a head that learns."""
+    sizes = {
+        f"blocks.{i}.mlp": [1e-5 if record > i // 3 else 1.0 for record in range(num_records)]
+        for i in range(12)
+    }
+    return {**sizes, "head": [1.0] * num_records}
+
+
+def test_every_layer_is_named_once_those_of_a_record_by_one_alert() -> None:
+    alerts = verdicts(**mlps(12))
+    assert [(alert.step, alert.layer, alert.onset_step) for alert in alerts] == [
+        (600, "blocks.0.mlp", 200),
+        (800, "blocks.3.mlp", 400),
+        (1000, "blocks.6.mlp", 600),
+        (1200, "blocks.9.mlp", 800),
+    ]
+    assert [alert.spread for alert in alerts[:2]] == [
+        ("blocks.1.mlp", "blocks.2.mlp"),
+        ("blocks.4.mlp", "blocks.5.mlp"),
+    ]
+    assert ["; 12 of 13 layers." in alert.reason for alert in alerts] == [False, False, False, True]
+
+
+def test_layers_that_join_within_a_hundred_steps_are_not_told_one_by_one() -> None:
+    detector = EpisodeDetector([FrozenLayerDetector()])
+    (alert,) = heard(detector, records(50, **mlps(12)))
+    assert alert.spread == ("blocks.1.mlp", "blocks.2.mlp")
+    assert detector.episode is not None
+    assert detector.episode.spread == tuple(f"blocks.{i}.mlp" for i in range(1, 12))
+
+
+def test_a_layer_that_thaws_and_freezes_again_beside_a_frozen_one_is_told_once() -> None:
+    mlp = [*[1e-5] * 3, 0.1, *[1e-5] * 3]
+    (alert,) = verdicts(mlp=mlp, other=[1e-5] * 7, head=[1.0] * 7)
+    assert (alert.layer, alert.spread) == ("mlp", ("other",))
+
+
+def test_a_layer_joins_only_while_others_learn() -> None:
+    alerts = verdicts(
+        early=[1.0, *[1e-5] * 9],
+        late=[*[1.0] * 3, *[1e-5] * 7],
+        head=[*[1.0] * 4, *[0.05] * 3, *[1.0] * 3],
+    )
+    assert [(alert.layer, alert.step) for alert in alerts] == [("early", 600), ("late", 1800)]
+
+
+def test_who_resumes_within_an_episode_hears_of_new_layers_alone() -> None:
+    series = records(**mlps(12))
+    detector, resumed = FrozenLayerDetector(), FrozenLayerDetector()
+    assert len(heard(detector, series[:5])) == 2
+    resumed.load_state_dict(json.loads(json.dumps(detector.state_dict())))
+    assert [alert.layer for alert in heard(resumed, series[5:])] == ["blocks.6.mlp", "blocks.9.mlp"]
 
 
 def test_records_without_a_gradient_say_nothing() -> None:

@@ -26,6 +26,33 @@ def test_of_layers_that_die_together_the_last_is_the_origin() -> None:
     assert alert.spread == ("embedding", "blocks.0.mlp")
 
 
+def test_layers_that_die_later_are_told_later_and_once() -> None:
+    def fault(readings: Step, since: int) -> None:
+        readings["grad_norm"]["head"] = 0.0
+        if since >= 20:
+            readings["grad_norm"]["blocks.0.mlp"] = 0.0
+        if 20 <= since < 40 or since >= 45:  # is back for a while
+            readings["grad_norm"]["embedding"] = 0.0
+
+    first, second = verdicts(VanishingGradientDetector(), with_fault(200, 110, fault))
+    assert (first.layer, first.step, first.spread) == ("head", 114, ())
+    assert (second.layer, second.step, second.onset_step) == ("blocks.0.mlp", 134, 130)
+    assert second.spread == ("embedding",)
+    assert "; 3 of 4 layers." in second.reason
+
+
+def test_a_layer_joins_only_while_others_learn() -> None:
+    def fault(readings: Step, since: int) -> None:
+        readings["grad_norm"]["head"] = 0.0
+        if since >= 20:
+            readings["grad_norm"]["embedding"] = 0.0
+            for layer in LAYERS[1:3]:
+                readings["grad_norm"][layer] *= 1e-2
+
+    (alert,) = verdicts(VanishingGradientDetector(), with_fault(150, 110, fault))
+    assert alert.layer == "head"
+
+
 def test_a_gradient_that_falls_by_orders_of_magnitude() -> None:
     fault = scaled("grad_norm", "embedding", lambda since: 1e-6)
     (alert,) = verdicts(VanishingGradientDetector(), with_fault(160, 110, fault))
