@@ -221,8 +221,8 @@ QUESTIONS: tuple[Question, ...] = (
         {"learning_rate": 1e-3},
         seeds=(3, 4, 5, 6, 7, 8),
     ),
-    # Added after 42 runs (docs/results/2026-11-23-stress-160m-lead.md), before any run of these. 4,400 steps in
-    # place of the lead's 6,000 let both seeds share a lease of two GPUs; in the lead gradients grew from 3,100 on.
+    # Added after 42 runs (docs/results/2026-11-23-stress-160m-lead.md), before any run of these. 4,400 steps
+    # and not 6,000, so that both seeds share a lease of two GPUs; in the lead gradients grew from 3,100 on.
     Question(
         "lead-again",
         4,
