@@ -10,7 +10,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -40,8 +40,8 @@ class IncidentWriter:
     """Writes ``step-000118-gradient-explosion/`` and its like.
 
     Alerts that follow each other within 100 steps are one episode: the first has a folder, and the first of
-    divergence after warnings. Eight of them are written by one probe at most; the end of the training may add
-    one. A folder is built under another name and renamed when it is complete.
+    divergence after warnings. Eight warnings and eight divergences are written by one probe at most, so that
+    layers that die one by one leave room for what ends the training; the end itself may add one. A folder is built under another name and renamed when it is complete.
 
     Args:
         directory: Where the folders go; created with the first.
@@ -54,7 +54,7 @@ class IncidentWriter:
         self._alerts: list[Alert] = []
         self._episodes: dict[tuple[str, str, int | None], Episode] = {}  # by their origin
         self._episode: tuple[int, int] | None = None  # step and gravity of its last alert
-        self._num_written = 0
+        self._num_written: Counter[int] = Counter()  # by gravity
         self._last_step = -1  # which a folder was written for
         self._has_failed = False
         self._batches: deque[tuple[int, np.ndarray]] = deque(maxlen=NUM_BATCHES)
@@ -95,9 +95,9 @@ class IncidentWriter:
         if before is not None and gravest.step - before[0] > EPISODE_STEPS:
             before = None
         self._episode = (gravest.step, max(gravity, before[1] if before else 0))
-        if (before is not None and gravity <= before[1]) or self._num_written >= MAX_INCIDENTS:
+        if (before is not None and gravity <= before[1]) or self._num_written[gravity] >= MAX_INCIDENTS:
             return None
-        self._num_written += 1
+        self._num_written[gravity] += 1
         self._last_step = gravest.step
         return self._write(gravest.kind or gravest.quantity, gravest.step, gravest, None, layers)
 

@@ -111,6 +111,13 @@ class TestWhen:
         train(tmp_path, 60, dict.fromkeys(range(0, 60, 3), "warning"))
         assert len(folders(tmp_path)) == incident.MAX_INCIDENTS + 1
 
+    def test_many_warnings_leave_room_for_divergence(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(incident, "EPISODE_STEPS", 1)
+        train(tmp_path, 60, {**dict.fromkeys(range(0, 50, 3), "warning"), 55: "divergence"})
+        assert "step-000055-non-finite" in folders(tmp_path)
+
     def test_an_exception(self, tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="device-side assert"):
             train(tmp_path, 8, {}, fails_at=5)
