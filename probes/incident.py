@@ -41,7 +41,8 @@ class IncidentWriter:
 
     Alerts that follow each other within 100 steps are one episode: the first has a folder, and the first of
     divergence after warnings. Eight warnings and eight divergences are written by one probe at most, so that
-    layers that die one by one leave room for what ends the training; the end itself may add one. A folder is built under another name and renamed when it is complete.
+    layers that die one by one leave room for what ends the training; the end itself may add one. A folder is
+    built under another name and renamed when it is complete.
 
     Args:
         directory: Where the folders go; created with the first.
