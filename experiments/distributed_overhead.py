@@ -3,7 +3,7 @@ r"""What probes cost on several GPUs: DDP and FSDP2 training with them against b
 Every configuration trains its own copy of the model. In each round all of them take their turn, in an order
 that rotates: 33 steps that are not timed, in which a fresh probe meets every kind of step, the ranks agree on
 what they exchange and TensorBoard's first pictures are drawn, then --steps-per-round timed ones. A turn lasts
-as long as its slowest rank.
+as long as its slowest rank. One round goes before the --rounds that count.
 Reported is the median over rounds of the ratio to bare training in the same round, with a 95 % bootstrap
 interval; "bare, a second copy" shows what no difference looks like. Not timed are steps of `details_every`,
 and pictures, which the first rank draws whenever the number of recorded steps has doubled: turns of up to 30
@@ -171,7 +171,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add_device(parser, help_text="cuda: NCCL and bfloat16; cpu: gloo")
     add("--batch-size", type=positive_int, default=1, help="sequences a step and rank (default 1)")
     add("--wrappings", nargs="+", choices=WRAPPINGS, default=list(WRAPPINGS), help="default both")
-    add("--rounds", type=positive_int, default=5, help="turns of each configuration (default 5)")
+    add("--rounds", type=positive_int, default=5, help="turns of each configuration that count (default 5)")
     add("--steps-per-round", type=positive_int, default=30, help="timed steps of a turn (default 30)")
     add("--out", type=Path, default=DEFAULT_OUT, help=f"where to write (default {DEFAULT_OUT})")
     options = parser.parse_args(arguments)
@@ -189,8 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.time()
     torch.set_num_threads(1)
     if options.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(gpu)
+        dist.init_process_group("nccl", device_id=gpu)  # or every barrier asks for it
+    else:
+        dist.init_process_group("gloo")
     try:
         with tempfile.TemporaryDirectory() as scratch:
             seconds = {name: measure(name, options, Path(scratch)) for name in options.wrappings}
@@ -230,4 +233,7 @@ def _report(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    # Not sys.exit: after FSDP2, threads of gloo outlive their group and can abort an interpreter that ends.
+    os._exit(status)

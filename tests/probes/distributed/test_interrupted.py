@@ -1,13 +1,15 @@
-"""Several ranks that go on from a checkpoint, leave an update out, or stop: all of them alike."""
+"""Several ranks that go on from a checkpoint, leave an update out, or stop: together, or as one is lost."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.probes.distributed.launch import launch, results
+import probes
+from tests.probes.distributed.launch import launch, results, run
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without it"),
@@ -19,11 +21,8 @@ SAVED = 20  # the step at which the programs save
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("of_two")
     scenarios = ["restored", "fsdp_restored", "fsdp_skips", "fsdp_raises", "fsdp_raises_in_the_same_step"]
-    finished = launch(directory, 2, scenarios, program="interrupted")
-    assert finished.returncode == 0, finished.stderr[-5000:]
-    return directory
+    return run(tmp_path_factory.mktemp("of_two"), 2, "interrupted", scenarios)
 
 
 @pytest.mark.parametrize("scenario", ["restored", "fsdp_restored"])
@@ -54,3 +53,19 @@ def test_ranks_raise_together_because_of_a_shard_that_one_of_them_has(of_two: Pa
         assert result["raised_in"] == 3
         assert result["updated"] == [0, 1, 2]
         assert result["weights_are_finite"]
+
+
+def test_a_killed_rank_ends_the_others_and_leaves_the_records(tmp_path: Path) -> None:
+    finished = launch(tmp_path, 2, "interrupted", ["killed"])
+    assert finished.returncode != 0
+    of_run = probes.read(tmp_path / "killed-0.jsonl")
+    assert set(of_run["grad_norm/(all)"].steps.tolist()) >= set(range(19))
+    assert "DivergenceError" not in finished.stderr
+
+
+def test_a_rank_that_hangs_ends_the_others_by_the_timeout(tmp_path: Path) -> None:
+    # Nobody has died by then, so it is not torchrun that ends the first rank.
+    launch(tmp_path, 2, "interrupted", ["hung"])
+    result = json.loads((tmp_path / "hung-0.json").read_text())
+    assert 2 < result["seconds"] < 15  # it sleeps for twenty
+    assert set(probes.read(tmp_path / "hung-0.jsonl")["grad_norm/(all)"].steps.tolist()) >= set(range(9))

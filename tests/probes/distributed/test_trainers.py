@@ -13,9 +13,9 @@ pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 pytest.importorskip("lightning", reason="needs lightning")
 from probes.integrations.lightning import ProbeCallback
-from tests.probes.distributed.launch import launch, results
-from tests.probes.distributed.test_distributed import Rows, assert_close
-from tests.probes.distributed.trainings import EVERYTHING, as_rows
+from tests.probes.distributed.launch import results, run
+from tests.probes.distributed.test_same_numbers import assert_close
+from tests.probes.distributed.trainings import EVERYTHING, Rows, as_rows
 from tests.probes.integrations import test_huggingface, test_lightning
 
 pytestmark = [
@@ -26,11 +26,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("of_two")
     scenarios = ["huggingface", "huggingface_alerts", "lightning", "lightning_alerts"]
-    finished = launch(directory, 2, scenarios, program="trainers")
-    assert finished.returncode == 0, finished.stderr[-5000:]
-    return directory
+    return run(tmp_path_factory.mktemp("of_two"), 2, "trainers", scenarios)
 
 
 def huggingface(directory: Path) -> Rows:

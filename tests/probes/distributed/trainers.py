@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from probes import Probe
 from probes.integrations.lightning import ProbeCallback as LightningCallback
-from tests.probes.distributed.program import Result, leave, run_scenarios
+from tests.probes.distributed.launch import Result, leave, run_scenarios
 from tests.probes.distributed.trainings import EVERYTHING, as_rows
 from tests.probes.integrations import test_huggingface, test_lightning
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 import probes
 
+Rows = dict[str, list[Any]]  # step, tag and rank: value, standard error, kind
+
 WIDTH, HEADS, TOKENS, BATCH, STEPS = 16, 4, 8, 8, 3
+MORE_PASSES = (1, 1, 2, 2, 2)  # backward passes in each step
 EVERYTHING: dict[str, Any] = {
     "activations_every": 1,
     "details_every": 1,
@@ -75,6 +78,16 @@ def own_part(whole: Tensor, group: Any = None) -> Tensor:
     return whole.chunk(dist.get_world_size(group))[dist.get_rank(group)]
 
 
+def is_last_rank() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def own_group() -> dist.ProcessGroup:
+    """A group of this rank alone."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]  # every rank makes all
+    return groups[dist.get_rank()]
+
+
 def adamw(trained: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained.parameters(), lr=1e-2)
 
@@ -89,12 +102,12 @@ def train(
     *,
     loss_of: Callable[[Tensor], Tensor] = mean_square,
     steps: int = STEPS,
-    optimizer: torch.optim.Optimizer | None = None,
+    watched: nn.Module | None = None,
     **options: Any,
 ) -> probes.Probe:
-    """Trains and returns the probe, closed."""
-    optimizer = optimizer or adamw(trained)
-    with probes.attach(trained, optimizer, **{**EVERYTHING, **options}) as probe:
+    """Trains a model, of which a part may be watched instead, and returns the probe, closed."""
+    optimizer = adamw(trained)
+    with probes.attach(watched or trained, optimizer, **{**EVERYTHING, **options}) as probe:
         for step in range(steps):
             loss = loss_of(trained(part(batch(step))))
             loss.backward()
@@ -104,6 +117,38 @@ def train(
     return probe
 
 
-def as_rows(probe: probes.Probe) -> dict[str, list[Any]]:
-    """Records by step, tag and rank: value, standard error, kind."""
+def train_accumulating(
+    trained: nn.Module, parts: Callable[[Tensor, int], Sequence[Tensor]], num_passes: Sequence[int]
+) -> probes.Probe:
+    """Trains with so many backward passes in each step, each on one of the parts of a batch."""
+    optimizer = adamw(trained)
+    with probes.attach(trained, optimizer, **EVERYTHING) as probe:
+        for step, num_parts in enumerate(num_passes):
+            for part in parts(batch(step), num_parts):
+                (mean_square(trained(part)) / num_parts).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return probe
+
+
+def train_scaled(trained: nn.Module, part: Callable[[Tensor], Tensor] = lambda whole: whole) -> probes.Probe:
+    """Trains two steps with a GradScaler."""
+    optimizer, scaler = adamw(trained), torch.amp.GradScaler("cpu", init_scale=4.0)
+    with probes.attach(trained, optimizer, **EVERYTHING) as probe:
+        for step in range(2):
+            scaler.scale(mean_square(trained(part(batch(step))))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    return probe
+
+
+def train_step(trained: nn.Module, optimizer: torch.optim.Optimizer, samples: Tensor) -> None:
+    """One step; whoever calls it has attached a probe, or none."""
+    mean_square(trained(samples)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def as_rows(probe: probes.Probe) -> Rows:
     return {f"{r.step} {r.series.tag} {r.rank}": [r.value, r.standard_error, r.kind] for r in probe.records}
