@@ -49,8 +49,10 @@ class Activations:
         self._sharding = sharding
         self._calls: defaultdict[str, int] = defaultdict(int)
         self._watched: dict[int, _Watched] = {}
+        # Leaves (parameters, the user's inputs) outlive the graph: they are hooked once a step, since a hook
+        # sees the backward pass of every micro-batch, and have to be unhooked again.
+        self._leaves: dict[int, _Watched] = {}
         self._has_input: set[str] = set()
-        # Hooks on leaves (parameters, the user's inputs) outlive the graph and have to be taken off again.
         self._leaf_hooks: list[RemovableHandle] = []
 
     def start_forward(self) -> None:
@@ -65,6 +67,7 @@ class Activations:
         for handle in self._leaf_hooks:
             handle.remove()
         self._leaf_hooks.clear()
+        self._leaves.clear()
 
     def see_input(self, layer: str, inputs: object) -> None:
         """Looks at a layer's first input before the layer runs and may change it in place."""
@@ -74,7 +77,7 @@ class Activations:
             return
         if layer in self._sharding.split_inputs:
             return  # an ordinary tensor, of which nobody tells that it is a part
-        self._watch(tensor).append(series_of(layer, "_input_grad_norm", self._calls[layer]))
+        self._watch(tensor, [series_of(layer, "_input_grad_norm", self._calls[layer])])
         self._has_input.add(layer)
 
     def see_output(self, layer: str, output: object) -> None:
@@ -87,7 +90,7 @@ class Activations:
         self.measure_output(layer, call, tensor.detach())
         if tensor.requires_grad:
             has_input = layer in self._has_input
-            self._watch(tensor).extend(self.output_gradient_series(layer, call, has_input=has_input))
+            self._watch(tensor, self.output_gradient_series(layer, call, has_input=has_input))
 
     def measure_output(self, layer: str, call: int, values: Tensor) -> None:
         """Adds the size of an output that is not attached to the graph."""
@@ -131,11 +134,19 @@ class Activations:
         for name in series:
             self._pending.add(name, norm, weight=weight)
 
-    def _watch(self, tensor: Tensor) -> list[Series]:
-        """The series that this tensor's gradient norm goes to; hooks the tensor when it is new."""
-        watched = self._watched.get(id(tensor))
-        if watched is not None and watched.tensor() is tensor and watched.version == tensor._version:
-            return watched.series
+    def _watch(self, tensor: Tensor, names: Iterable[Series]) -> None:
+        """Records the norm of this tensor's gradient under these names too; hooks it when it is new."""
+        known = self._leaves if tensor.is_leaf else self._watched
+        watched = known.get(id(tensor))
+        if (
+            watched is None
+            or watched.tensor() is not tensor
+            or (watched.version != tensor._version and not tensor.is_leaf)  # a leaf keeps its gradient
+        ):
+            watched = known[id(tensor)] = self._hook(tensor)
+        watched.series.extend(name for name in names if name not in watched.series)
+
+    def _hook(self, tensor: Tensor) -> _Watched:
         series: list[Series] = []
 
         def hook(gradient: Tensor | None) -> None:
@@ -146,8 +157,7 @@ class Activations:
         handle = tensor.register_hook(hook)
         if tensor.is_leaf:
             self._leaf_hooks.append(handle)
-        self._watched[id(tensor)] = _Watched(weakref.ref(tensor), tensor._version, series)
-        return series
+        return _Watched(weakref.ref(tensor), tensor._version, series)
 
     def _is_recomputed(self, layer: str) -> bool:
         """Activation checkpointing runs a layer again inside the backward pass; its first run counts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from probes.alerts import AlertAction, OnDivergence
@@ -215,6 +217,10 @@ def attach(
     return probe
 
 
+if hasattr(os, "register_at_fork"):  # a forked process that exits would write what its parent will
+    os.register_at_fork(after_in_child=_open_probes.clear)
+
+
 @atexit.register
 def _close_open_probes() -> None:
     """Brings the records of a script that never closed its probe to disk."""
@@ -240,10 +246,9 @@ def _configuration(
     model: nn.Module, optimizers: Sequence[Optimizer], schedule: Schedule
 ) -> dict[str, object]:
     """What TensorBoard's Text page tells of the run."""
-    rows: dict[str, object] = {
-        "model": type(model).__name__,
-        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-    }
+    # Lazy layers do not know their size yet.
+    size = sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
+    rows: dict[str, object] = {"model": type(model).__name__, "parameters": f"{size:,}"}
     for optimizer in optimizers:
         # No tensor among them: to print one on a device is to wait for it.
         defaults = optimizer.defaults.items()

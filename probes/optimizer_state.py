@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from probes.parameter_gradients import Watched
+from probes.parameter_gradients import Watched, as_real
 from probes.pending import Pending, Ratio
 from probes.record import series_of, series_of_each
 from probes.sharding import Sharding
@@ -39,7 +39,7 @@ class OptimizerState:
         """Keeps the weights that a step may change for ``after``."""
         self._watched = [watched.parameters[index] for index in watched.selected]
         self._layers = watched.selected_layers
-        parts = self._sharding.parts(self._watched)
+        parts = as_real(self._sharding.parts(self._watched))
         self._weights_before = torch._foreach_mul(parts, 1) if parts else ()
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class OptimizerState:
         if not changes:  # nothing watched, or an optimizer that steps within this one has been measured
             return
         values, weights = self._sharding.parts_and_weights(parameters)
-        torch._foreach_sub_(changes, values)
+        torch._foreach_sub_(changes, as_real(values))
         names = series_of_each(layers, "_update_norm")
         for indices, norms in tensor_norms_by_device(changes):
             pending.add_some(names, indices, norms, weights)
@@ -77,7 +77,11 @@ class OptimizerState:
         parameters, layers, moments, steps, betas, floors = [], [], [], [], [], []
         for parameter, layer in zip(watched, layers_of_watched, strict=True):
             group, state = group_of[id(parameter)], optimizer.state.get(parameter, {})
-            if not _has_second_moment(state, group) or parameter.grad is None or parameter.grad.is_sparse:
+            if (
+                not _has_second_moment(parameter, state, group)
+                or parameter.grad is None
+                or parameter.grad.is_sparse
+            ):
                 continue
             parameters.append(parameter)
             layers.append(layer)
@@ -92,13 +96,13 @@ class OptimizerState:
         # In float16 ε² would be 0 itself.
         moments = [
             moment.float() if moment.dtype in (torch.float16, torch.bfloat16) else moment
-            for moment in self._sharding.parts(moments)
+            for moment in as_real(self._sharding.parts(moments))
         ]
         # The floor is compared with v̂ = v/c: the tensors are new ones from here on.
         moments = list(torch._foreach_div(moments, _bias_corrections(steps, betas)))
         torch._foreach_clamp_min_(moments, floors)
         torch._foreach_sqrt_(moments)
-        ratios = torch._foreach_div([gradients[parameter] for parameter in parameters], moments)
+        ratios = torch._foreach_div(as_real([gradients[parameter] for parameter in parameters]), moments)
         names = series_of_each(tuple(layers), "_adam_update_norm")
         for indices, norms in tensor_norms_by_device(ratios):
             pending.add_some(names, indices, norms, weights)
@@ -119,8 +123,10 @@ def _ratios(layers: tuple[str, ...], result: str, numerator: str, denominator: s
     )
 
 
-def _has_second_moment(state: dict, group: dict) -> bool:
-    return "exp_avg_sq" in state and "betas" in group and "eps" in group and "step" in state
+def _has_second_moment(parameter: Tensor, state: dict, group: dict) -> bool:
+    if not ("exp_avg_sq" in state and "betas" in group and "eps" in group and "step" in state):
+        return False
+    return state["exp_avg_sq"].shape == parameter.shape  # not that of a projected gradient (GaLore)
 
 
 def _bias_corrections(steps: Sequence[Tensor | float], betas: Sequence[float]) -> list[float] | list[Tensor]:

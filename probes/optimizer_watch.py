@@ -54,6 +54,7 @@ class OptimizerWatch:
         self._before_step_ends = before_step_ends
         self._end_step = end_step
         self._optimizer_state = OptimizerState(sharding)
+        self._begun: set[Optimizer] = set()
         self._stepped: set[Optimizer] = set()
         self._scaled_optimizer: Optimizer | None = None  # which a GradScaler is about to step, or not
 
@@ -75,6 +76,7 @@ class OptimizerWatch:
         self._is_recorded = is_recorded
         self._is_detailed = is_detailed
         self._has_activations = has_activations
+        self._begun.clear()
         self._stepped.clear()
 
     def measure_gradients(self) -> None:
@@ -102,10 +104,13 @@ class OptimizerWatch:
         self._finish(optimizer)
 
     def _before_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if optimizer in self._begun:
+            return  # a subclass whose step calls super().step(), both with hooks; or one that failed half-way
         is_scaled, self._scaled_optimizer = self._scaled_optimizer is optimizer, None
         has_closure = _has_closure(args, kwargs)
         if not has_closure:
             self._check_before_end(optimizer)
+        self._begun.add(optimizer)
         if not self._is_measured(optimizer):
             return
         if is_scaled:
@@ -126,6 +131,9 @@ class OptimizerWatch:
             self._guard(UPDATES, self._optimizer_state.before, watched)
 
     def _after_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if optimizer not in self._begun:
+            return
+        self._begun.discard(optimizer)
         has_closure = _has_closure(args, kwargs)
         if has_closure:
             self._check_before_end(optimizer)

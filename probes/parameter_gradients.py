@@ -77,6 +77,11 @@ class WatchedParameters:
         )
 
 
+def as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, complex ones as pairs of real numbers: so optimizers update them."""
+    return [torch.view_as_real(each.resolve_conj()) if each.is_complex() else each for each in tensors]
+
+
 @torch.no_grad()
 def measure_gradients(
     pending: Pending,
@@ -103,7 +108,7 @@ def measure_gradients(
     """
     # What a sparse one does not store is zero and changes no norm. To coalesce it on CUDA waits for the
     # device, since only there is known how many entries remain; SparseAdam and Adagrad do so in their step.
-    parts = [part.coalesce().values() if part.is_sparse else part for part in parts]
+    parts = as_real([part.coalesce().values() if part.is_sparse else part for part in parts])
     for indices, norms in tensor_norms_by_device(parts):
         pending.add_some(watched.gradients, indices, _unscaled(norms, grad_scale), weights)
     if not is_detailed:
@@ -130,7 +135,7 @@ def measure_weights(pending: Pending, watched: Watched, sharding: Sharding) -> N
     """
     parts, weights = sharding.parts_and_weights([watched.parameters[index] for index in watched.selected])
     names = series_of_each(watched.selected_layers, "weight_norm")
-    for indices, norms in tensor_norms_by_device(parts):
+    for indices, norms in tensor_norms_by_device(as_real(parts)):
         pending.add_some(names, indices, norms, weights)
 
 

@@ -12,8 +12,10 @@ from probes.alerts import DivergenceError
 from probes.delivery import Delivery
 from probes.failures import ProbeWarning
 from probes.optimizer_watch import SKIPPED_STEP
+from probes.pending import Pending
 from probes.snapshots import Snapshots
 from probes.watch import Watch
+from stability.divergence import Alert
 
 MAX_LEFT_OUT = 10
 
@@ -42,6 +44,7 @@ class SameStep:
         self._snapshots = snapshots
         self._taken_away: list[tuple[Tensor, Tensor]] = []
         self._num_left_out = 0
+        self._is_stepping = False
         self._has_warned = False
 
     def install(self, handles: ExitStack) -> None:
@@ -53,24 +56,22 @@ class SameStep:
         if any(callable(argument) for argument in (*args[1:], *kwargs.values())):
             self._warn_of_closure()
             return
+        if self._is_stepping:
+            return  # a subclass whose step calls super().step(), both with hooks
         step, pending = self._watch.step, self._watch.pending
         if not self._delivery.takes(step, pending):
             return
         try:
-            alert = self._delivery.judge(step, pending)
-        except DivergenceError:
-            pending.take()  # a script that goes on does this step again
+            alert = self._judge(step, pending)
+        except Exception:  # what the user asked for; a script that goes on does this step again
+            pending.take()
+            self._watch.begin_step(step)
             raise
+        self._is_stepping = True
         if alert is None:
-            self._num_left_out = 0
             if self._snapshots is not None:
                 self._snapshots.take_if_due(step)
             return
-        self._num_left_out += 1
-        if self._num_left_out > MAX_LEFT_OUT:
-            raise DivergenceError(
-                alert, f" ({MAX_LEFT_OUT} updates in a row were left out, and it has not passed)"
-            )
         pending.add_number(SKIPPED_STEP, 1.0)
         if self._snapshots is not None:
             self._snapshots.restore(alert.step if alert.onset_step is None else alert.onset_step)
@@ -80,7 +81,18 @@ class SameStep:
                     self._taken_away.append((parameter, parameter.grad))
                     parameter.grad = None
 
+    def _judge(self, step: int, pending: Pending) -> Alert | None:
+        """The divergence because of which the update is left out; raises after too many of them."""
+        alert = self._delivery.judge(step, pending)
+        self._num_left_out = 0 if alert is None else self._num_left_out + 1
+        if alert is not None and self._num_left_out > MAX_LEFT_OUT:
+            raise DivergenceError(
+                alert, f" ({MAX_LEFT_OUT} updates in a row were left out, and it has not passed)"
+            )
+        return alert
+
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self._is_stepping = False
         for parameter, gradient in self._taken_away:
             parameter.grad = gradient
         self._taken_away = []

@@ -23,6 +23,10 @@ from probes.schedule import Schedule, is_due
 from probes.sharding import Sharding
 from stability.module_calls import ModuleCalls, in_backward
 
+# Calls of modules in a step; forward passes beyond are not measured. Otherwise a training whose optimizer is
+# another one by now would fill the memory. Not measurements: ranks have to stop at the same call.
+MAX_CALLS = 2**18
+
 
 class Watch:
     """Measures a model's training steps.
@@ -69,6 +73,7 @@ class Watch:
         self._witness = RankWitness(first_block, self._see_first_gradient) if has_ranks else None
         self._measured_layers: set[str] = set()
         self._is_forward_seen = False
+        self._num_calls = 0
         self._activations = Activations(self.pending, self._guard, sharding)
         self._optimizer_watch = OptimizerWatch(
             self.pending,
@@ -114,6 +119,7 @@ class Watch:
     def begin_step(self, step: int) -> None:
         """Decides what the step that begins now records."""
         self._guard.step = step
+        self._num_calls = 0
         schedule = self._schedule
         self._is_recorded = is_due(step, schedule.gradients)
         is_detailed = is_due(step, schedule.details)
@@ -139,6 +145,7 @@ class Watch:
         """Hands the step's measurements over and begins the next."""
         self._say_what_was_missed()
         self._is_forward_seen = False
+        self._module_calls.end_step()
         self._activations.end_step()
         self.attention.summarize()
         step, pending = self.step, self.pending.take()
@@ -191,10 +198,14 @@ class Watch:
     def _before_module(self, module: nn.Module, name: str, args: tuple) -> None:
         if self._is_measuring_jacobian or not torch.is_grad_enabled():  # validation is not recorded
             return
-        if len(self._module_calls.running) == 1 and not in_backward():  # the outermost call, whatever it is
+        self._num_calls += 1
+        if len(self._module_calls.running) == 1:  # the outermost call, whatever it is
             self._is_forward_seen = True
-            self._activations.start_forward()
-            self.attention.start_forward()
+            if self._num_calls > MAX_CALLS:
+                self._stop_following()
+            if not in_backward():
+                self._activations.start_forward()
+                self.attention.start_forward()
         if name in self._measured_layers:
             self._guard(inputs_of(name), self._activations.see_input, name, args)
 
@@ -216,6 +227,19 @@ class Watch:
                 self._guard(JACOBIANS, measure_layer_jacobian, self.pending, name, module, args, kwargs)
             finally:
                 self._is_measuring_jacobian = self.attention.is_paused = False
+
+    def _stop_following(self) -> None:
+        """Measures no further forward pass of the step under way."""
+        self.attention.summarize()
+        self.attention.begin_step(None)
+        self._measured_layers = set()
+        self._is_jacobian_due = False
+        self._guard.warn_once(
+            "more forward passes",
+            f"step {self.step} has not ended after {self._num_calls:,} calls of modules; no further forward "
+            "pass of it is measured. If the optimizer given to `attach` is in use no more, close the probe "
+            "and attach with the new one; put evaluation under torch.no_grad().",
+        )
 
     def _see_first_gradient(self, gradient: Tensor) -> None:
         if self._is_recorded:

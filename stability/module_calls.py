@@ -17,6 +17,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+# Torch warns that process-wide hooks see its compiled wrapper too; these look for the model's modules only.
+_OF_COMPILED_WRAPPER = "Using `torch.compile\\(module\\)` when there are global hooks"
+
 # What belongs to the outermost module itself, whose own name is empty.
 ROOT_LAYER = "(root)"
 
@@ -84,10 +87,16 @@ class ModuleCalls:
     def install(self, handles: ExitStack) -> None:
         """Registers the hooks; they go when ``handles`` closes."""
         handles.callback(register_module_forward_pre_hook(self._start).remove)
-        # Torch warns that such hooks see its compiled wrapper too; these look for the model's modules only.
-        warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
+        # Once: each new filter makes Python show again what it has shown once of every place.
+        if not any(getattr(entry[1], "pattern", None) == _OF_COMPILED_WRAPPER for entry in warnings.filters):
+            warnings.filterwarnings("ignore", _OF_COMPILED_WRAPPER)
         # always_call: a module that raises must not stay on the stack.
         handles.callback(register_module_forward_hook(self._end, with_kwargs=True, always_call=True).remove)
+
+    def end_step(self) -> None:
+        """Forgets submodules, called without the model, that a KeyboardInterrupt has left on the stack."""
+        if self._thread.running[:1] != [ROOT_LAYER]:
+            self._thread.running.clear()
 
     def _start(self, module: nn.Module, args: tuple) -> None:
         if torch.compiler.is_compiling():

@@ -207,7 +207,8 @@ def _refuse_to_trace() -> None:
         )
 
 
-def _report_softmax(input: Any, dim: Any = None, *_: Any, **__: Any) -> Callable[[], Tensor] | None:
+# Without an input where it has another of torch's names (x=, a=): such a call is made, and not seen.
+def _report_softmax(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> Callable[[], Tensor] | None:
     if _is_over_last_axis(input, dim):
         for replacer in tuple(_softmax_replacers):
             if (instead := replacer(input)) is not None:
@@ -217,7 +218,7 @@ def _report_softmax(input: Any, dim: Any = None, *_: Any, **__: Any) -> Callable
     return None
 
 
-def _trace_softmax(input: Any, dim: Any = None, *_: Any, **__: Any) -> None:
+def _trace_softmax(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> None:
     if _is_over_last_axis(input, dim):
         for tracer in _tracers:
             tracer.trace_softmax(input)
