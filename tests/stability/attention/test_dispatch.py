@@ -125,3 +125,37 @@ def test_it_compiles_into_one_graph_on_the_cpu() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(query, key, value), function(query, key, value))
+
+
+def test_graphs_and_exports_hold_for_every_number_of_tokens() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return sigmoid_attention(x, x, x)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    inputs = [torch.randn(1, 2, tokens, 4, dtype=torch.float64) for tokens in range(4, 9)]
+    for x in inputs:
+        torch.testing.assert_close(compiled(x), function(x))
+    assert counter.frame_count == 2  # one for the first, one for all others
+
+    class Model(torch.nn.Module):
+        forward = staticmethod(function)
+
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    exported = torch.export.export(Model(), (inputs[0],), dynamic_shapes=({2: tokens},)).module()
+    for x in inputs:
+        torch.testing.assert_close(exported(x), function(x))
+
+
+def test_transforms_inside_compiled_code_go_through_the_reference() -> None:
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        return x + dispatch.is_transformed()
+
+    torch._dynamo.reset()
+    x = torch.zeros(3)
+    assert torch.equal(torch.compile(torch.func.vmap(seen), fullgraph=True, backend="eager")(x), x + 1)
+    compiled = torch.compile(seen, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), x)
+    assert torch.equal(torch.func.vmap(compiled)(x), x + 1)
+    assert torch.equal(compiled(x), x)
