@@ -131,7 +131,7 @@ def sigmoid_attention(
 
     On CUDA a kernel computes it in O(tokens) memory wherever one can; the rule is in
     `stability.attention.dispatch`, and :func:`stability.attention.explain` says what it makes of a call.
-    Second derivatives go through the reference, with a warning.
+    Second and higher derivatives go through the reference, with a warning.
 
     Args:
         query: [batch, heads, tokens_q, head_dim], floating point.

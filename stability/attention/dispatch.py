@@ -193,10 +193,12 @@ def refuse(refusals: dict[str, str]) -> ValueError:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, outside of compiled code."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether torch.func or forward-mode differentiation is at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# Torch traces a transform inside it, and guards the graph by the transforms it was traced in.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not_ampere(device_type: str, index: int | None) -> str | None:

@@ -24,6 +24,8 @@ def differentiate_twice(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of Σ ⟨gradients, grads_of_gradients⟩ with respect to what the gradients were computed from.
 
+    By torch.func, whose results can be differentiated again and mapped over by ``torch.vmap``.
+
     Args:
         inputs: The output's gradient and the operands, in the backward operator's order.
         grads_of_gradients: Of query, key, value, bias and score_bias; empty for a gradient nobody asked for.
@@ -34,28 +36,28 @@ def differentiate_twice(
         As many gradients as there are inputs, None where none is needed.
     """
     _warn_of_the_cost()
-    with torch.enable_grad():
-        copies = [
-            tensor.detach().requires_grad_(tensor.is_floating_point()) if tensor is not None else None
-            for tensor in inputs
-        ]
-        grad_output, operands = copies[0], Operands(*copies[1:])  # type: ignore[arg-type]
-        # The gradients that were asked for, beside the weight each has in the sum.
-        pairs = [
-            (tensor, weight)
-            for tensor, weight in zip(operands, grads_of_gradients, strict=False)
-            if tensor is not None and weight.numel()
-        ]
-        output = _reference(operands, options)
-        gradients = torch.autograd.grad(
-            output, [tensor for tensor, _ in pairs], grad_output, create_graph=True
-        )
-        total = torch.stack(
-            [(gradient * weight).sum() for gradient, (_, weight) in zip(gradients, pairs, strict=True)]
-        ).sum()
-        needed = [tensor for tensor, is_needed in zip(copies, needs, strict=True) if is_needed]
-        second = iter(torch.autograd.grad(total, needed, allow_unused=True))  # type: ignore[arg-type]
-    return tuple(next(second) if is_needed else None for is_needed in needs)
+    grad_output, *tensors = inputs
+    at = [i for i, tensor in enumerate(tensors) if tensor is not None and tensor.is_floating_point()]
+    primals: list[Any] = [grad_output, *(tensors[i] for i in at)]
+
+    def output(*operands: Tensor) -> Tensor:
+        placed: list[Any] = list(tensors)
+        for i, operand in zip(at, operands, strict=True):
+            placed[i] = operand
+        return _reference(Operands(*placed), options)
+
+    def gradients(grad_output: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(output, *operands)[1](grad_output)
+
+    # Empty where nobody asked for a gradient.
+    weights = tuple(
+        grads_of_gradients[i] if grads_of_gradients[i].numel() else torch.zeros_like(tensor)
+        for i, tensor in zip(at, primals[1:], strict=True)
+    )
+    second = dict(
+        zip([0, *(i + 1 for i in at)], torch.func.vjp(gradients, *primals)[1](weights), strict=True)
+    )
+    return tuple(second[i] if is_needed else None for i, is_needed in enumerate(needs))
 
 
 @cache

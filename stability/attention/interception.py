@@ -247,26 +247,28 @@ def _read_torch_attention(
     """A torch call in our terms; [..., tokens, head_dim] becomes [batch, heads, tokens, head_dim]."""
     if query.is_nested or key.is_nested:
         raise UnseenAttentionError("its tensors are nested; pad them, or pass masks instead")
+    num_own = 3 if enable_gqa else 2  # last axes that query and key have each of their own
+    batch = torch.broadcast_shapes(query.shape[:-num_own], key.shape[:-num_own])
+    query, key = (tensor.expand(*batch, *tensor.shape[-num_own:]) for tensor in (query, key))
     rank = query.dim()
-    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]) if not enable_gqa else None
-    if batch is not None:
-        query, key = query.expand(*batch, -1, -1), key.expand(*batch, -1, -1)
-    query, key = cast_under_autocast(_four_dimensional(query), _four_dimensional(key))
     if attn_mask is not None:
         (attn_mask,) = cast_under_autocast(attn_mask)
         if rank != 4:  # the mask's axes are the query's last ones: heads stay heads
             attn_mask = attn_mask.reshape((1,) * (rank - attn_mask.dim()) + attn_mask.shape)
-            if rank > 4 and batch is not None:
-                attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-2:])
-            attn_mask = _four_dimensional(attn_mask)
+            if rank > 4:
+                attn_mask = attn_mask.expand(*query.shape[:-2], *attn_mask.shape[-2:])
+            attn_mask = _four_dimensional(attn_mask, num_own)
+    query, key = (_four_dimensional(tensor, num_own) for tensor in (query, key))
+    query, key = cast_under_autocast(query, key)
     return SeenAttention(AttentionCall("softmax", query, key, attn_mask, is_causal, scale, enable_gqa))
 
 
-def _four_dimensional(tensor: Tensor) -> Tensor:
+def _four_dimensional(tensor: Tensor, num_own: int) -> Tensor:
+    """[batch, heads, tokens, dim]; of three axes the first is the heads where key has heads of its own."""
     if tensor.dim() == 2:
         return tensor[None, None]
     if tensor.dim() == 3:
-        return tensor.unsqueeze(1)
+        return tensor.unsqueeze(3 - num_own)
     return tensor.flatten(0, tensor.dim() - 4) if tensor.dim() > 4 else tensor
 
 

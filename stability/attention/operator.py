@@ -134,7 +134,8 @@ def _forward(*tensors: Any, needs_statistics: bool, **options: Any) -> tuple[Ten
     module, arguments = _prepare(operands, needs_statistics=needs_statistics, **options)
     if needs_statistics:
         arguments["statistics"] = row_sum, derivative_max
-    output = module.forward(operands.query, operands.key, operands.value, **arguments)
+    with torch.cuda.device_of(operands.query):  # Triton launches on the current device
+        output = module.forward(operands.query, operands.key, operands.value, **arguments)
     return output, row_sum, derivative_max
 
 
@@ -160,16 +161,17 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     operands = Operands(*tensors)
     module, arguments = _prepare(operands, needs_statistics=False, **options)
-    gradients = module.backward(
-        grad_output,
-        operands.query,
-        operands.key,
-        operands.value,
-        **arguments,
-        is_deterministic=torch.are_deterministic_algorithms_enabled(),
-        needs_bias_grad=needs_bias_grad,
-        needs_score_bias_grad=needs_score_bias_grad,
-    )
+    with torch.cuda.device_of(operands.query):
+        gradients = module.backward(
+            grad_output,
+            operands.query,
+            operands.key,
+            operands.value,
+            **arguments,
+            is_deterministic=torch.are_deterministic_algorithms_enabled(),
+            needs_bias_grad=needs_bias_grad,
+            needs_score_bias_grad=needs_score_bias_grad,
+        )
     return tuple(operands.bias.new_empty(0) if grad is None else grad for grad in gradients)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stability.attention import reference
-from stability.attention.validation import LogitTerms
+from stability.attention.validation import LogitTerms, can_be_read
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def check_offsets(name: str, offsets: Tensor, packed: Tensor) -> Tensor:
         raise ValueError(f"`{name}` must have shape [sequences + 1]; got {tuple(offsets.shape)}.")
     if offsets.device != packed.device:
         raise ValueError(f"`{name}` must be on the device of `query`, {packed.device}; got {offsets.device}.")
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_be_read(offsets):
         if offsets[0] != 0 or offsets[-1] > total_tokens or bool((offsets.diff() < 0).any()):
             raise ValueError(
                 f"`{name}` must rise from 0 to at most the {total_tokens} tokens there are; "

@@ -83,7 +83,19 @@ def _logits(query: Tensor, key: Tensor, terms: LogitTerms) -> Tensor:
     """Logits without sigmoid's bias; the scale goes into the query to save a pass over the n × n products."""
     dtype = logit_dtype(query.dtype)
     rows = torch.arange(query.shape[2], device=query.device)[None]
-    return add_logit_terms_((query.to(dtype) * terms.scale) @ key.to(dtype).mT, terms, rows)
+    products = (query.to(dtype) * terms.scale) @ key.to(dtype).mT
+    if torch._C._are_functorch_transforms_active():
+        products = _mapped_over(products, terms)
+    return add_logit_terms_(products, terms, rows)
+
+
+def _mapped_over(products: Tensor, terms: LogitTerms) -> Tensor:
+    """The same, mapped over by torch.func.vmap wherever a term is: only then can that be added in place."""
+    lengths = (x[:, None, None, None] for x in (terms.key_lengths, terms.query_lengths) if x is not None)
+    for term in (terms.attn_mask, terms.score_bias, terms.bias, *lengths):
+        if isinstance(term, Tensor):
+            products = products.masked_fill(torch.zeros_like(term, dtype=torch.bool), 0.0)
+    return products
 
 
 def _weighted_sum(weights: Tensor, value: Tensor, dropout_p: float) -> Tensor:

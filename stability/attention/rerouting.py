@@ -33,13 +33,11 @@ def _reroute_torch(
     **__: Any,
 ) -> Tensor:
     call = read().call  # of four dimensions, whatever the arguments have
-    if call.enable_gqa:
-        batch = query.shape[:-2]
-    else:
-        batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-        value = value.expand(*batch, -1, -1)
+    num_own = 3 if call.enable_gqa else 2
+    batch = torch.broadcast_shapes(query.shape[:-num_own], key.shape[:-num_own])
+    value = value.expand(*batch, *value.shape[-num_own:])
     output = attend(call, value.reshape(*call.key.shape[:2], *value.shape[-2:]), dropout_p)
-    return output.reshape(*batch, *output.shape[-2:])
+    return output.reshape(*batch, *query.shape[-num_own:-2], *output.shape[-2:])
 
 
 def _reroute_flex(

@@ -65,24 +65,26 @@ def stream_row_statistics(
     bias_strides = _broadcasting_strides(bias) if isinstance(bias, Tensor) else (0, 0)
     configuration = _configuration(query.dtype, head_dim, is_sigmoid)
     grid = (-(-num_rows // configuration["BLOCK_ROWS"]), batch * heads)
-    row_statistics[grid](
-        query, key, selected.rows, selected.weights,
-        query if terms.key_lengths is None else terms.key_lengths,
-        query if mask is None else mask,
-        query if score_bias is None else score_bias,
-        bias, output,
-        num_rows, tokens_k, terms.scale, heads, heads // key.shape[1],
-        *query.stride(), *key.stride(), *selected.rows.stride(), *selected.weights.stride(), *mask_strides,
-        score_bias_strides[0], score_bias_strides[3], bias_strides[0], bias_strides[1], output.stride(0),
-        HEAD_DIM=head_dim, IS_SIGMOID=is_sigmoid,
-        IS_CAUSAL=terms.is_causal, HAS_KEY_LENGTHS=terms.key_lengths is not None,
-        MASK=0 if mask is None else 1 if mask.dtype is torch.bool else 2,
-        HAS_SCORE_BIAS=score_bias is not None,
-        SCALE_FIRST=_scale_comes_first(terms),
-        SATURATED=saturated_weight or 0.0, IS_BIAS_TENSOR=isinstance(bias, Tensor),
-        BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
-        **configuration,
-    )  # fmt: skip
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        row_statistics[grid](
+            query, key, selected.rows, selected.weights,
+            query if terms.key_lengths is None else terms.key_lengths,
+            query if mask is None else mask,
+            query if score_bias is None else score_bias,
+            bias, output,
+            num_rows, tokens_k, terms.scale, heads, heads // key.shape[1],
+            *query.stride(), *key.stride(), *selected.rows.stride(), *selected.weights.stride(),
+            *mask_strides,
+            score_bias_strides[0], score_bias_strides[3], bias_strides[0], bias_strides[1], output.stride(0),
+            HEAD_DIM=head_dim, IS_SIGMOID=is_sigmoid,
+            IS_CAUSAL=terms.is_causal, HAS_KEY_LENGTHS=terms.key_lengths is not None,
+            MASK=0 if mask is None else 1 if mask.dtype is torch.bool else 2,
+            HAS_SCORE_BIAS=score_bias is not None,
+            SCALE_FIRST=_scale_comes_first(terms),
+            SATURATED=saturated_weight or 0.0, IS_BIAS_TENSOR=isinstance(bias, Tensor),
+            BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
+            **configuration,
+        )  # fmt: skip
     quantities = dict(zip(names, output.unbind(), strict=True))
     if is_sigmoid:
         quantities["jacobian_spectral"] = quantities["derivative_max"]  # J is diagonal

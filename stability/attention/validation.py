@@ -17,6 +17,7 @@ from torch import Tensor
 from stability.attention.call import AttentionCall, Mechanism
 
 _MECHANISMS = get_args(Mechanism)
+_TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -55,6 +56,17 @@ def padding_of(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:
         return None
     position = torch.arange(tokens.shape[2], device=tokens.device)
     return (position >= lengths[:, None])[:, None, :, None]
+
+
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether its values are at hand: on the CPU, and not traced, faked or mapped over by torch.func."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACING_MODES)
+    )
 
 
 def logit_terms(call: AttentionCall) -> LogitTerms:
@@ -210,14 +222,15 @@ def _lengths(
 ) -> Tensor | None:
     if lengths is None:
         return None
-    lengths = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, device="cpu")  # whatever device is the default
     if lengths.shape != (batch,):
         raise ValueError(
             f"`{name}` must hold one length per sequence, shape ({batch},); got {tuple(lengths.shape)}."
         )
     if lengths.dtype not in _INTEGERS:
         raise TypeError(f"`{name}` must be integers; got {lengths.dtype}.")
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_be_read(lengths):
         low, high = torch.aminmax(lengths)
         if low < 0 or high > tokens:
             raise ValueError(f"`{name}` must lie within 0 and {tokens} tokens; got {lengths.tolist()}.")
@@ -228,17 +241,24 @@ def _bias(call: AttentionCall, key_lengths: Tensor | None) -> float | Tensor:
     bias = call.bias
     batch, heads = call.query.shape[:2]
     if bias is None:
+        dtype = logit_dtype(call.query.dtype)
         if key_lengths is None:
-            return -math.log(call.key.shape[2])
-        lengths = key_lengths.clamp(min=1).to(logit_dtype(call.query.dtype))
+            tokens_k = call.key.shape[2]
+            if not torch.compiler.is_compiling():
+                return -math.log(tokens_k)
+            # The logarithm of a symbol would fix it: a graph for each number of keys, and none to export.
+            return -torch.full((), tokens_k, dtype=dtype, device=call.query.device).log()
+        lengths = key_lengths.clamp(min=1).to(dtype)
         return -lengths.log().view(batch, 1, 1, 1)
     if not isinstance(bias, Tensor):
         return _finite("bias", bias)
     if not bias.is_floating_point():
         raise TypeError(f"`bias` must be floating point; got {bias.dtype}.")
-    if bias.ndim == 0:
+    if bias.ndim == 0 and bias.device.type == "cpu":
         return bias
     _check_device("bias", bias, call.query.device)
+    if bias.ndim == 0:
+        return bias
     if bias.shape not in ((heads,), (batch, heads)):
         raise ValueError(
             f"`bias` must be a number or have shape [heads] = ({heads},) or [batch, heads] = "

@@ -13,7 +13,7 @@ from stability.attention.observers import is_observed, notify
 from stability.attention.operands import make_operands
 from stability.attention.operator import attend
 from stability.attention.packing import Packing, check_offsets, packed_reference
-from stability.attention.validation import check_value, logit_terms
+from stability.attention.validation import can_be_read, check_value, logit_terms
 
 
 def sigmoid_attention_varlen(
@@ -46,8 +46,9 @@ def sigmoid_attention_varlen(
         cu_seqlens_q: [sequences + 1] integers on the query's device, 0 first and never falling. Checked on
             the CPU, clamped to the tokens there are on other devices.
         cu_seqlens_k: Likewise for key and value.
-        max_seqlen_q: Queries of the longest sequence, or more. Those beyond it would not be computed.
-        max_seqlen_k: Keys of the longest sequence, or more.
+        max_seqlen_q: Queries of the longest sequence, or more. Checked on the CPU; on other devices those
+            beyond it are not computed.
+        max_seqlen_k: Keys of the longest sequence, or more; likewise.
         is_causal: Query i of a sequence sees its keys j ≤ i (top-left aligned).
         scale: Factor of q·k. None means 1/√head_dim.
         enable_gqa: Lets each group of heads / key_heads consecutive query heads share one key and value head.
@@ -87,6 +88,8 @@ def sigmoid_attention_varlen(
         _check_maximum("max_seqlen_q", max_seqlen_q),
         _check_maximum("max_seqlen_k", max_seqlen_k),
     )
+    _check_longest("max_seqlen_q", packing.max_tokens_q, packing.query_offsets)
+    _check_longest("max_seqlen_k", packing.max_tokens_k, packing.key_offsets)
     sequences = packing.query_offsets.shape[0] - 1
     if packing.key_offsets.shape[0] - 1 != sequences:
         raise ValueError(
@@ -149,6 +152,12 @@ def _check_maximum(name: str, maximum: int) -> int:
     if maximum < 1:
         raise ValueError(f"`{name}` must be at least 1; got {maximum}.")
     return maximum
+
+
+def _check_longest(name: str, maximum: int, offsets: Tensor) -> None:
+    """Where it costs nothing to look; elsewhere the caller is trusted."""
+    if can_be_read(offsets) and (longest := int(offsets.diff().max())) > maximum:
+        raise ValueError(f"`{name}` must be at least the longest sequence's {longest} tokens; got {maximum}.")
 
 
 def _padded_call(call: AttentionCall, query: Tensor, key: Tensor, packing: Packing) -> AttentionCall:

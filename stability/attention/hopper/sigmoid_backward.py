@@ -52,8 +52,8 @@ def backward(
         needs_score_bias_grad: Whether the fifth result is wanted.
 
     Returns:
-        Gradients of query, key, value, bias [batch, heads] and score_bias [like score_bias], the last two
-        float32 or None.
+        Gradients of query, key and value, each in the memory order of its tensor, and of bias [batch, heads]
+        and score_bias [like score_bias], float32 or None.
     """
     batch, heads, tokens_q, head_dim = query.shape
     key_heads, tokens_k = key.shape[1:3]
@@ -61,9 +61,10 @@ def backward(
     if layout_problem("grad_output", grad_output) is not None:
         grad_output = empty_like_tokens(query, head_dim).copy_(grad_output)
     grad_query = empty_like_tokens(query, head_dim)
-    # Of shared key heads, every query head gets a gradient of its own first.
-    per_head = key if group == 1 else key.repeat_interleave(group, 1)[:, :, :1].expand(-1, -1, tokens_k, -1)
-    grad_key, grad_value = empty_like_tokens(per_head, head_dim), empty_like_tokens(per_head, head_dim)
+    if group == 1:
+        grad_key, grad_value = empty_like_tokens(key, head_dim), empty_like_tokens(value, head_dim)
+    else:  # of shared key heads, every query head gets a gradient of its own first
+        grad_key, grad_value = (key.new_empty(batch, heads, tokens_k, head_dim) for _ in range(2))
     row_sums = None
     if needs_bias_grad or needs_score_bias_grad:
         row_sums = torch.empty(batch, heads, tokens_k, dtype=torch.float32, device=query.device)
@@ -120,8 +121,10 @@ def backward(
         )
     if group > 1:
         grad_key, grad_value = (
-            grad.unflatten(1, (key_heads, group)).sum(2, dtype=torch.float32).to(grad.dtype)
-            for grad in (grad_key, grad_value)
+            empty_like_tokens(tensor, head_dim).copy_(
+                grad.unflatten(1, (key_heads, group)).sum(2, dtype=torch.float32)
+            )
+            for tensor, grad in ((key, grad_key), (value, grad_value))
         )
     grad_bias = None if row_sums is None or not needs_bias_grad else row_sums.sum(2)
     grad_score_bias = None

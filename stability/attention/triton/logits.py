@@ -8,8 +8,9 @@ import triton.language as tl
 # What an excluded key's logit becomes. Finite: its exponential is 0, and 0 times it is no NaN.
 EXCLUDED = tl.constexpr(-1.0e30)
 
-# Half of float32's most negative number, with which many models mask.
+# Half of the most negative number of a mask's dtype, with which many models mask; bfloat16's is float32's.
 MASKED_OUT = tl.constexpr(-1.7e38)
+MASKED_OUT_FLOAT16 = tl.constexpr(-32752.0)
 
 
 @triton.jit
@@ -56,7 +57,8 @@ def logits(
                 allowed &= entries != 0
             else:
                 z += entries.to(tl.float32)
-                allowed &= (z > MASKED_OUT) | (z != z)
+                masked_out: tl.constexpr = MASKED_OUT_FLOAT16 if entries.dtype == tl.float16 else MASKED_OUT
+                allowed &= (z > masked_out) | (z != z)
         z = tl.where(allowed, z, EXCLUDED)
     return tl.reshape(z, [BLOCK_ROWS, BLOCK_KEYS // 8, 4, 2])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stability.attention import AttentionCall, observe, sigmoid_attention, softmax_attention
 
@@ -84,6 +85,47 @@ def test_meta_tensors_pass_so_no_value_is_read(attention) -> None:
     output = attention(x, x, x, key_lengths=lengths, query_lengths=lengths, is_causal=True)
     output.sum().backward()
     assert output.shape == x.shape
+
+
+@pytest.mark.parametrize("attention", [softmax_attention, sigmoid_attention])
+def test_fake_tensors_pass(attention) -> None:
+    lengths = torch.tensor([3, 6])
+    with FakeTensorMode() as mode:
+        x = torch.zeros(2, 4, 6, 8)
+        for given in (mode.from_tensor(lengths), [3, 6]):
+            assert attention(x, x, x, key_lengths=given, query_lengths=given).shape == x.shape
+
+
+def _each_argument_alone(attention) -> list[str]:
+    names = ["attn_mask", "boolean mask", "key_lengths", "query_lengths"]
+    return names + (["bias", "0-d bias", "score_bias"] if attention is sigmoid_attention else [])
+
+
+@pytest.mark.parametrize(
+    ("attention", "argument"),
+    [
+        (attention, argument)
+        for attention in (softmax_attention, sigmoid_attention)
+        for argument in _each_argument_alone(attention)
+    ],
+)
+def test_vmap_over_any_argument_alone(attention, argument: str) -> None:
+    query, key, value = (torch.randn(2, 2, 5, 4) for _ in range(3))
+    name = {"boolean mask": "attn_mask", "0-d bias": "bias"}.get(argument, argument)
+    many = {
+        "attn_mask": torch.randn(3, 5, 5),
+        "boolean mask": torch.rand(3, 1, 2, 5, 5) > 0.5,
+        "key_lengths": torch.tensor([[0, 5], [3, 1], [5, 5]]),
+        "query_lengths": torch.tensor([[0, 5], [3, 1], [5, 5]]),
+        "bias": torch.randn(3, 2),
+        "0-d bias": torch.randn(3),
+        "score_bias": torch.randn(3, 5),
+    }[argument]
+
+    def function(one: torch.Tensor) -> torch.Tensor:
+        return attention(query, key, value, **{name: one})
+
+    torch.testing.assert_close(torch.func.vmap(function)(many), torch.stack([function(one) for one in many]))
 
 
 @pytest.mark.gpu

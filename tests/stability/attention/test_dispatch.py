@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.func import jvp
 
-from stability.attention import dispatch, explain, sigmoid_attention
+from stability.attention import dispatch, explain, operator, sigmoid_attention
 from stability.attention.call import AttentionCall
 from stability.attention.validation import LogitTerms, logit_terms
 
@@ -125,3 +128,65 @@ def test_it_compiles_into_one_graph_on_the_cpu() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(query, key, value), function(query, key, value))
+
+
+def test_graphs_and_exports_hold_for_every_number_of_tokens() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return sigmoid_attention(x, x, x)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    inputs = [torch.randn(1, 2, tokens, 4, dtype=torch.float64) for tokens in range(4, 9)]
+    for x in inputs:
+        torch.testing.assert_close(compiled(x), function(x))
+    assert counter.frame_count == 2  # one for the first, one for all others
+
+    class Model(torch.nn.Module):
+        forward = staticmethod(function)
+
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    exported = torch.export.export(Model(), (inputs[0],), dynamic_shapes=({2: tokens},)).module()
+    for x in inputs:
+        torch.testing.assert_close(exported(x), function(x))
+
+
+def test_transforms_inside_compiled_code_go_through_the_reference() -> None:
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        return x + dispatch.is_transformed()
+
+    torch._dynamo.reset()
+    x = torch.zeros(3)
+    assert torch.equal(torch.compile(torch.func.vmap(seen), fullgraph=True, backend="eager")(x), x + 1)
+    compiled = torch.compile(seen, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), x)
+    assert torch.equal(torch.func.vmap(compiled)(x), x + 1)
+    assert torch.equal(compiled(x), x)
+
+
+@pytest.mark.usefixtures("_a_capable_machine")
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    current: list[torch.device] = []
+    launched = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    def forward(query: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        launched.append(("forward", *current))
+        return torch.empty_like(query)
+
+    def backward(_: object, *tensors: torch.Tensor, **__: object) -> tuple[torch.Tensor | None, ...]:
+        launched.append(("backward", *current))
+        return *map(torch.empty_like, tensors), None, None
+
+    module = SimpleNamespace(forward=forward, backward=backward)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(operator, "_prepare", lambda operands, **_: (module, {}))
+    x = torch.randn(1, 1, 2, 4, requires_grad=True)
+    sigmoid_attention(x, x, x).sum().backward()
+    assert launched == [("forward", x.device), ("backward", x.device)]

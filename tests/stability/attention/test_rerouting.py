@@ -77,6 +77,30 @@ class TestTorch:
         mask = torch.randn(*batch, 6, 9)
         torch.testing.assert_close(rerouted(sdpa(query, key, value, mask)), dense(query, key, value, mask))
 
+    @pytest.mark.parametrize("batch", [(), (2,), (3, 2)])
+    @pytest.mark.parametrize("mask", [(6, 9), (4, 1, 9), (3, 1, 4, 6, 9)])
+    def test_other_numbers_of_axes_with_grouped_queries(
+        self, batch: tuple[int, ...], mask: tuple[int, ...]
+    ) -> None:
+        query, key, value = (
+            torch.randn(*batch, heads, *x.shape[2:]) for x, heads in ((q, 4), (k, 2), (v, 2))
+        )
+        added_mask = torch.randn(mask if len(mask) <= query.dim() else mask[-2:])
+        output = rerouted(sdpa(query, key, value, attn_mask=added_mask, enable_gqa=True))
+        expected = dense(query, key.repeat_interleave(2, -3), value.repeat_interleave(2, -3), added_mask)
+        torch.testing.assert_close(output, expected)
+
+    def test_batches_that_broadcast_with_grouped_queries(self) -> None:
+        output = rerouted(sdpa(q, k[:1], v[:1], enable_gqa=True))
+        torch.testing.assert_close(output, dense(q, k[:1], v[:1]))
+
+    def test_keys_with_more_axes_than_queries(self) -> None:
+        mask = torch.randn(4, 6, 9)
+        key, value = (x.repeat_interleave(2, 1) for x in (k, v))
+        torch.testing.assert_close(
+            rerouted(sdpa(q[0], key, value, attn_mask=mask)), dense(q[:1], key, value, mask)
+        )
+
     def test_batches_that_broadcast(self) -> None:
         output = rerouted(sdpa(q[:1], k[:, :1], v[:, :1]))
         torch.testing.assert_close(output, dense(q[:1], k[:, :1], v[:, :1]))

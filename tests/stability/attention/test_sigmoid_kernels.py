@@ -273,23 +273,62 @@ def test_second_derivatives_are_the_references_and_say_what_they_cost() -> None:
 
 
 @compares
+@pytest.mark.filterwarnings("ignore:Second derivatives")
+@pytest.mark.parametrize("wanted", [INPUTS[:5], ("query",), ("key", "score_bias")])
+def test_third_derivatives_are_the_references(wanted: tuple[str, ...]) -> None:
+    inputs = make_inputs("padded", torch.float32)
+    inputs = {name: inputs[name].nan_to_num() for name in INPUTS[:5]}
+
+    def third(implementation: str) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_(name in wanted) for name, tensor in inputs.items()]
+        output = sigmoid_attention(
+            *leaves[:3], bias=leaves[3], score_bias=leaves[4], implementation=implementation,
+            **SHAPES["padded"][6],
+        )  # fmt: skip
+        leaves = [leaf for leaf in leaves if leaf.requires_grad]
+        first = torch.autograd.grad(output.sin().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in second), leaves)
+
+    for a, b in zip(third("triton"), third("reference"), strict=True):
+        assert 0 < b.norm() < torch.inf
+        assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+@compares
+@pytest.mark.filterwarnings("ignore:Second derivatives")
+def test_second_derivatives_are_mapped_over() -> None:
+    query, key, value = (torch.randn(1, 2, 3, 16, device=DEVICE) for _ in range(3))
+    actual, expected = (
+        torch.autograd.functional.hessian(
+            lambda query: sigmoid_attention(query, key, value, implementation=name).sin().sum(),  # noqa: B023
+            query,
+            vectorize=True,
+        )
+        for name in ("triton", "reference")
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@compares
 @each_implementation
 def test_it_compiles_into_one_graph(implementation: str) -> None:
     dtype = DTYPES[-1] if DEVICE == "cuda" else torch.float32
-    query, key, value = (torch.randn(2, 2, 32, 64, device=DEVICE, dtype=dtype) for _ in range(3))
-    query.requires_grad_()
+    query = torch.randn(2, 4, 32, 64, device=DEVICE, dtype=dtype)
+    key = torch.randn(2, 32, 2, 64, device=DEVICE, dtype=dtype).transpose(1, 2)  # memory in another order
+    value = torch.randn(2, 2, 32, 64, device=DEVICE, dtype=dtype)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
 
-    def function(query: Tensor) -> Tensor:
-        return (
-            sigmoid_attention(query, key, value, is_causal=True, implementation=implementation).float().sin()
-        )
+    def function(*leaves: Tensor) -> Tensor:
+        output = sigmoid_attention(*leaves, is_causal=True, enable_gqa=True, implementation=implementation)
+        return output.float().sin()
 
     torch._dynamo.reset()
     compiled = torch.compile(
         function, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager"
     )
-    (expected,) = torch.autograd.grad(function(query).sum(), query)
-    (actual,) = torch.autograd.grad(compiled(query).sum(), query)
+    expected = torch.autograd.grad(function(*leaves).sum(), leaves)
+    actual = torch.autograd.grad(compiled(*leaves).sum(), leaves)
     torch.testing.assert_close(actual, expected)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stability.attention import explain, hopper, sigmoid_attention
 from stability.attention.dispatch import why_not_hopper
+from stability.attention.statistics import attention_statistics
 from stability.testing import assert_within_error_budget
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -216,3 +217,20 @@ def test_no_synchronisation() -> None:
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("implementation", MODULES)
+def test_tensors_on_a_device_that_is_not_the_current_one(implementation: str) -> None:
+    tensors = [make(1, 2, 200, 64, dtype=torch.bfloat16, seed=seed).to("cuda:1") for seed in range(3)]
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    skip_if_refused(implementation, *leaves)
+    outputs = [sigmoid_attention(*leaves, implementation=name) for name in (implementation, "reference")]
+    torch.testing.assert_close(*outputs, rtol=2e-2, atol=2e-2)
+    actual, expected = (torch.autograd.grad(output.float().sin().sum(), leaves) for output in outputs)
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    query, key = leaves[0].detach(), leaves[1].detach()
+    sums = [attention_statistics(query, key, mechanism="sigmoid").row_sum for query, key in (
+        (query, key), (query.cpu(), key.cpu()),
+    )]  # fmt: skip
+    torch.testing.assert_close(sums[0].cpu(), sums[1], rtol=1e-4, atol=0.0)

@@ -126,6 +126,11 @@ SIGMOID = {
     "integer bias": ({"bias": torch.zeros(4).long()}, TypeError, "`bias` must be floating point"),
     "bias per sequence": ({"bias": torch.zeros(2)}, ValueError, r"\[heads\] = \(4,\) .*got \(2,\)"),
     "device of bias": ({"bias": torch.zeros(4, device="meta")}, ValueError, "`bias` must be on the device"),
+    "device of a bias that is one number": (
+        {"bias": torch.zeros((), device="meta")},
+        ValueError,
+        "`bias` must be on the device of `query`, cpu; got meta",
+    ),
     "score_bias is a number": ({"score_bias": 1.0}, TypeError, "`score_bias` must be a tensor"),
     "integer score_bias": ({"score_bias": torch.zeros(5).long()}, TypeError, "`score_bias` must be floating"),
     "shape of score_bias": ({"score_bias": torch.zeros(2, 3)}, ValueError, r"shape \(5,\) or \(2, 5\); got"),
@@ -168,6 +173,15 @@ def test_softmax_takes_no_sigmoid_bias(extra: dict) -> None:
     x = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ValueError, match="belongs to sigmoid attention"):
         logit_terms(AttentionCall("softmax", x, x, **extra))
+
+
+def test_lengths_in_a_list_do_not_follow_the_default_device() -> None:
+    arguments = good()
+    with torch.device("meta"):
+        output = sigmoid_attention(**arguments, key_lengths=[1, 5])
+        with pytest.raises(ValueError, match="`key_lengths` must lie within 0 and 5 tokens"):
+            sigmoid_attention(**arguments, key_lengths=[1, 6])
+    assert output.device.type == "cpu"
 
 
 @pytest.mark.gpu

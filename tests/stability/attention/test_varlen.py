@@ -133,6 +133,11 @@ BAD = {
         "equally many sequences; got 3 and 2",
     ),
     "no queries at most": ({"max_seqlen_q": 0}, ValueError, "`max_seqlen_q` must be at least 1; got 0"),
+    "fewer keys than there are": (
+        {"max_seqlen_k": max(LENGTHS_K) - 1},
+        ValueError,
+        f"`max_seqlen_k` must be at least the longest sequence's {max(LENGTHS_K)} tokens",
+    ),
     "fractional maximum": ({"max_seqlen_k": 4.0}, TypeError, "`max_seqlen_k` must be an integer; got float"),
     "score_bias per sequence": ({"score_bias": torch.zeros(3, 9)}, ValueError, r"shape \(9,\); got \(3, 9\)"),
     "bias per sequence": ({"bias": torch.zeros(2, 4)}, ValueError, r"\(3, 4\); got \(2, 4\)"),

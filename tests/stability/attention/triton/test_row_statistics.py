@@ -47,6 +47,7 @@ CASES = {
     "empty": {"key_lengths": [0, 1], "enable_gqa": True},
     "boolean mask": {"attn_mask": "boolean"},
     "added mask": {"attn_mask": "added"},
+    "added float16 mask of finite numbers": {"attn_mask": "float16"},
     "sharp": {"scale": 40.0},
     "collapsed": {"scale": 4000.0},
     "flat": {"scale": 1e-6},
@@ -76,6 +77,10 @@ def make_call(mechanism: str, case: str) -> AttentionCall:
         arguments["attn_mask"] = random(2, 1, 34, 38) > 0.5
     elif arguments.get("attn_mask") == "added":
         arguments["attn_mask"] = random(2, 34, 38).masked_fill_(random(2, 34, 38) > 1, -torch.inf)
+    elif arguments.get("attn_mask") == "float16":
+        mask = random(2, 34, 38).masked_fill_(random(2, 34, 38) > 1, torch.finfo(torch.float16).min)
+        mask[:, 5] = torch.finfo(torch.float16).min
+        arguments["attn_mask"] = mask.half()
     if mechanism == "sigmoid" and case in CASES:
         arguments["bias"] = random(2)
         if "attn_mask" in arguments or "key_lengths" in arguments:
