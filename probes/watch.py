@@ -66,8 +66,9 @@ class Watch:
         self._schedule = schedule
         self._tell_before_end = before_step_ends
         self._after_step = after_step
+        self._model = next(iter(names))
         self._layers = activation_layers(names, selected)
-        blocks = outermost_blocks(next(iter(names)))
+        blocks = outermost_blocks(self._model)
         self._blocks = {names[module] for module in blocks} & selected
         first_block = next(module for module in names if module in blocks)
         self._witness = RankWitness(first_block, self._see_first_gradient) if has_ranks else None
@@ -75,11 +76,12 @@ class Watch:
         self._is_forward_seen = False
         self._num_calls = 0
         self._activations = Activations(self.pending, self._guard, sharding)
+        self._layer_of = parameter_layers(names)
         self._optimizer_watch = OptimizerWatch(
             self.pending,
             self._guard,
             optimizers,
-            parameter_layers(names),
+            self._layer_of,
             selected,
             sharding,
             self._before_step_ends,
@@ -170,6 +172,16 @@ class Watch:
                 "layer Jacobians are not measured in compiled code: torch.func cannot run a layer that is "
                 "part of a graph. Leave `layer_jacobian_every` out, or the model uncompiled.",
             )
+        if self._activations.is_detailed and (new := self._new_parameters()):
+            self._guard.warn_once(
+                "new parameters",
+                f"the model has parameters that it did not have when the probe was attached: {new[0]}"
+                f"{f' and {len(new) - 1} more' if new[1:] else ''}. They are not recorded; attach when the "
+                "model is complete.",
+            )
+
+    def _new_parameters(self) -> list[str]:
+        return [name for name, each in self._model.named_parameters() if each not in self._layer_of]
 
     def _before_step_ends(self) -> None:
         self.attention.summarize()  # verdicts may be asked for before the update

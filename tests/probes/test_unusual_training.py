@@ -274,3 +274,16 @@ def test_torch_calls_the_argument_of_softmax_by_other_names_too() -> None:
     with probes.attach(nn.Linear(2, 1)):
         named: Any = torch.softmax
         assert named(x=logits, axis=-1).equal(expected)
+
+
+def test_parameters_that_came_after_the_probe_are_told_of_once() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probes.attach(model, optimizer, details_every=2) as probe:
+        train(model, optimizer, 1)
+        model[1] = nn.Linear(2, 1)  # a new head
+        optimizer.add_param_group({"params": [*model[1].parameters()]})
+        with pytest.warns(ProbeWarning, match=r"attached: 1\.weight and 1 more\. They are not") as caught:
+            train(model, optimizer, 4)
+        assert len(caught) == 1
+    assert {record.step for record in probe.records if record.quantity == "grad_norm"} == set(range(5))
