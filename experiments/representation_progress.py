@@ -159,18 +159,21 @@ class Progress:
         if config.name not in self._here and RunPaths.of(config.name, self.work).records.exists():
             facts = finished_facts(config, self.work)
             if facts is not None:
-                self._here[config.name] = _entry(facts)
+                self._here[config.name] = _what_counts(facts)
         return self._here.get(config.name)
 
 
-def _entry(facts: dict[str, Any]) -> dict[str, Any]:
+def _what_counts(facts: dict[str, Any]) -> dict[str, Any]:
+    """Of a finished run: what tells whether it is the plan's, and what chooses a rate."""
     return {"config": facts["config"], "validation_loss": facts["validation_loss"]}
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     if path.suffix == ".zip":
         of_runs = [read_facts(file) for _, file in run_files(path)]
-        return {facts["config"]["name"]: _entry(facts) for facts in of_runs if "validation_loss" in facts}
+        return {
+            facts["config"]["name"]: _what_counts(facts) for facts in of_runs if "validation_loss" in facts
+        }
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if all({"config", "validation_loss"} <= entry.keys() for entry in content.values()):

@@ -32,11 +32,11 @@ def on_principal_axes(embeddings: NDArray[Any], centre: NDArray[Any]) -> NDArray
     """Embeddings about a centre in whole units, without the axes on which nothing is left.
 
     Args:
-        embeddings: [cells, dimensions].
+        embeddings: [cells, dimensions] floating point.
         centre: [dimensions].
 
     Returns:
-        [cells, axes], the axes one after the other in memory; their centre is the origin.
+        [cells, axes] int32, the axes one after the other in memory; their centre is the origin.
 
     Example:
         >>> line = np.arange(6.0)[:, None] * [3.0, 4.0]
@@ -47,8 +47,8 @@ def on_principal_axes(embeddings: NDArray[Any], centre: NDArray[Any]) -> NDArray
     left, sizes, _ = np.linalg.svd(about, full_matrices=False)
     # A rounding to units adds unit² / 12 on average on each axis.
     unit = np.sqrt(12 * ADDED * np.square(about).sum(axis=1).mean() / len(sizes))
-    rounded = np.rint(left * sizes / unit).astype(np.int32)
-    return np.asfortranarray(rounded[:, rounded.any(axis=0)])
+    units = np.rint(left * sizes / unit).astype(np.int32)
+    return np.asfortranarray(units[:, units.any(axis=0)])
 
 
 def write_thinned(run: RawRun) -> bytes:
