@@ -88,10 +88,16 @@ class RecordedRun:
 
     def values(self, quantity: str, layer: str = ALL_LAYERS) -> NDArray[np.float64]:
         """One series of a whole layer, in the order of steps; empty if it was not recorded."""
-        for series, (_, values) in self.series.items():
+        return self.over_steps(quantity, layer)[1].astype(np.float64)
+
+    def over_steps(
+        self, quantity: str, layer: str = ALL_LAYERS
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Its steps and values."""
+        for series, recorded in self.series.items():
             if (series.quantity, series.layer, series.head) == (quantity, layer, None):
-                return values.astype(np.float64)
-        return np.empty(0)
+                return recorded
+        return np.empty(0, np.int32), np.empty(0, np.float32)
 
     def layers(self, quantity: str) -> list[str]:
         """The layers that a quantity was recorded of, "(all)" left out."""

@@ -21,9 +21,10 @@ def test_it_asks_for_torchrun(monkeypatch, capsys):
 def test_two_ranks_measure_both_wrappings(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     flags = ["--preset", "tiny", "--rounds", "1", "--steps-per-round", "2", "--out", str(tmp_path)]
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     finished = subprocess.run(
         [sys.executable, *torchrun, "-m", "experiments.distributed_overhead", *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=200,

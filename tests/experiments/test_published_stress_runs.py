@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.stress_ledger import COLUMNS, markdown_table, read_runs
+from experiments.stress_seeds import markdown_table as seeds_table
+from experiments.stress_seeds import seeds_of, summarise
 from experiments.sustained_explosion import judge_long_run
 from stability.divergence import Alert, FrozenLayerDetector
 
@@ -24,6 +26,7 @@ def cells(line: str) -> list[str]:
         ("2026-11-22-stress-160m.md", "2026-11-22.zip", 26),
         ("2026-11-22-stress-160m-stressors.md", "2026-11-22-stressors.zip", 14),
         ("2026-11-23-stress-160m-lead.md", "2026-11-23-lead.zip", 2),
+        ("2026-11-23-stress-160m-lead-seeds.md", "2026-11-23-lead-again.zip", 4),
     ],
 )
 def test_table(page, archive, num_runs):
@@ -64,8 +67,8 @@ def test_frozen_mlps_belong_to_sigmoid():
         sizes = [run.values("adam_update_rms", f"blocks.{block}.mlp.hidden")[-1] for block in range(12)]
         if sum(size < 1e-3 for size in sizes) >= 10:
             frozen[run.facts["config"]["mechanism"]].append(name)
-    assert len(runs) == 42
-    assert len(frozen["sigmoid"]) == 16
+    assert len(runs) == 46
+    assert len(frozen["sigmoid"]) == 18
     assert frozen["softmax"] == ["post-ln-softmax-seed0"]
 
 
@@ -81,6 +84,32 @@ def test_gradients_grow_with_softmax_alone():
     assert grown["softmax"] == pytest.approx((54.2, 22042), rel=1e-3)
     assert grown["sigmoid"][0] < 1
     assert grown["sigmoid"][1] < 3
+
+
+def test_seeds_of_the_lead():
+    runs = seeds_of(read_runs([RESULTS / "stress-160m"]), "lead-sigmoid-seed0")
+    table = seeds_table(runs)
+    assert table in (RESULTS / "2026-11-23-stress-160m-lead-seeds.md").read_text()
+    assert len(runs) == 6
+    for run in runs.values():
+        row = summarise(run)
+        is_softmax = run.facts["config"]["mechanism"] == "softmax"
+        assert (row.grows_from is not None) == is_softmax
+        assert (row.frozen_mlps, row.collapsed_layers > 0) == (0 if is_softmax else 12, is_softmax)
+
+
+def test_alerts_before_softmax_gradients_grow():
+    """The last alert of each run's attention before it, and how many steps before."""
+    found = {}
+    for name, run in seeds_of(read_runs([RESULTS / "stress-160m"]), "lead-softmax-seed0").items():
+        if (grows_from := summarise(run).grows_from) is not None:
+            *_, last = (alert for alert in run.alerts if alert["step"] < grows_from)
+            found[name] = (last["kind"], last["layer"].split(".")[1], grows_from - last["step"])
+    assert found == {
+        "lead-softmax-seed0": ("entropy-collapse", "5", 44),
+        "lead-again-softmax-seed1": ("logit-growth", "8", 192),
+        "lead-again-softmax-seed2": ("logit-growth", "10", 127),
+    }
 
 
 def test_the_detector_tells_of_frozen_layers():
@@ -100,8 +129,8 @@ def test_the_detector_tells_of_frozen_layers():
         ]
         told[run.facts["config"]["mechanism"]] += [alert.step for alert in alerts[:1]]
         joined[name] = alerts[1:]
-    assert (len(told["sigmoid"]), told["sigmoid"].count(600), len(told["softmax"])) == (18, 16, 2)
-    assert max(map(len, joined.values())) == 2
+    assert (len(told["sigmoid"]), told["sigmoid"].count(600), len(told["softmax"])) == (20, 18, 2)
+    assert max(map(len, joined.values())) == 6
     (alert,) = joined["lead-sigmoid-seed0"]
     assert (alert.step, alert.layer) == (800, "blocks.0.mlp_norm")
     assert alert.spread == ("blocks.0.mlp.hidden", "blocks.0.mlp.output")

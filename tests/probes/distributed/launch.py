@@ -29,7 +29,8 @@ def launch(
     """Runs scenarios, one after the other, in one set of processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     module = ["-m", f"tests.probes.distributed.{program}", str(directory), *scenarios]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run(
         [sys.executable, *torchrun, *module],
         env=environment,
