@@ -5,20 +5,25 @@
 Seeds are all runs that differ from the named one in nothing but name, seed, mechanism and length. Reads what
 `experiments.stress_ledger` reads; writes seeds.md and seeds.png.
 
-* **Calm**: the lowest median gradient norm of `CALM_STEPS` consecutive steps after the first 300. (The
-  ledger divides by steps 100 to 300 instead, fixed before any run; gradients go on falling after them.)
+* **Calm**: the lowest median gradient norm of `CALM_STEPS` consecutive steps after the first 300, begun at
+  each 50th. (The ledger divides by steps 100 to 300 instead, fixed before any run; gradients go on falling
+  after them.) A norm that is no finite number counts as infinite.
 * **Grows from**: the first step after the calm ones began whose next fifty have a median of twice that.
 * **Late** and **largest**: the median of the last `CALM_STEPS` steps, and the largest single one after the
   first `CALM_STEPS`, over calm.
-* **Collapsed layers**: attention layers whose softmax rows have less than 0.1 nats of entropy. **Frozen
-  MLPs**: those whose Adam steps are below a thousandth of full size. Both at the last measurement.
-* **Learns from**: the first validation at least 0.05 nats below the unigram loss.
+* **Collapsed layers**: attention layers that are collapsed as in the ledger: softmax rows of less than 0.1
+  nats of entropy, or more than half of the sigmoid weights saturated. **Frozen MLPs**: those whose Adam
+  steps are below a thousandth of full size. Both at the last measurement.
+* **Learns from**: the first validation with a gain of `LEAST_GAIN`: 0.05 nats below the unigram loss, or 0.05
+  of the variance explained. (The verdict *learned* asks for as much below what is known without attention.)
+
+All gradient norms are of the whole model: single layers can grow by orders within a calm one.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +35,14 @@ from experiments.cell_transformer import MECHANISMS
 from experiments.command_line import experiment_parser, fail
 from experiments.run_records import RecordedRun
 from experiments.stress_ledger import read_runs
-from experiments.sustained_explosion import BASELINE, COLLAPSED_ENTROPY, LEAST_GAIN
+from experiments.sustained_explosion import (
+    BASELINE,
+    COLLAPSED_ENTROPY,
+    LEAST_GAIN,
+    SATURATED_SHARE,
+    gain_of,
+    no_nan,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,16 +64,16 @@ class SeedSummary:
     """A run's row; None where there is nothing to say. See the module's definitions.
 
     Attributes:
-        calm: Gradient norm.
+        calm: Gradient norm; None, too, where it is no positive number.
         calm_from: Step at which the calm steps begin.
         grows_from: Step.
         late: Over calm.
         largest: Over calm.
-        collapsed_layers: Number.
-        frozen_mlps: Number.
+        collapsed_layers: Number; None where it was not measured.
+        frozen_mlps: Number; None where it was not measured.
         learns_from: Step.
-        lowest_validation: Nats.
-        last_validation: Nats.
+        lowest_validation: Loss, of those that are numbers.
+        last_validation: Loss.
     """
 
     calm: float | None
@@ -69,8 +81,8 @@ class SeedSummary:
     grows_from: int | None
     late: float | None
     largest: float | None
-    collapsed_layers: int
-    frozen_mlps: int
+    collapsed_layers: int | None
+    frozen_mlps: int | None
     learns_from: int | None
     lowest_validation: float | None
     last_validation: float | None
@@ -94,42 +106,47 @@ def summarise(run: RecordedRun) -> SeedSummary:
     Args:
         run: Gradient norms of every step from the first.
     """
-    norms = run.values("grad_norm")
+    norms = no_nan(run.values("grad_norm"))
     calm = calm_from = grows_from = late = largest = None
     if len(norms) >= BASELINE.stop + CALM_STEPS:
         starts = range(BASELINE.stop, len(norms) - CALM_STEPS + 1, _MEDIAN_STEPS)
-        calm, calm_from = min((float(np.median(norms[i : i + CALM_STEPS])), i) for i in starts)
+        lowest, begins = min((float(np.median(norms[i : i + CALM_STEPS])), i) for i in starts)
+        calm, calm_from = (lowest, begins) if 0 < lowest < np.inf else (None, None)
+    if calm is not None and calm_from is not None:
         medians = _running_medians(norms)[calm_from:]
         grown = np.flatnonzero(medians > 2 * calm)
         grows_from = calm_from + int(grown[0]) if grown.size else None
         late = float(np.median(norms[-CALM_STEPS:])) / calm
         largest = float(norms[CALM_STEPS:].max()) / calm
     validation: list[tuple[int, float]] = run.facts["validation"]
-    learned = [step for step, loss in validation if loss <= run.facts["reference"] - LEAST_GAIN]
-    collapsed, frozen = (counts[-1:] for _, counts in (collapsed_layers(run), frozen_mlps(run)))
+    learned = [step for step, loss in validation if gain_of(run, loss) >= LEAST_GAIN]
+    collapsed, frozen = (
+        int(counts[-1]) if len(counts) else None for _, counts in (collapsed_layers(run), frozen_mlps(run))
+    )
     return SeedSummary(
         calm,
         calm_from,
         grows_from,
         late,
         largest,
-        collapsed_layers=int(collapsed.sum()),
-        frozen_mlps=int(frozen.sum()),
+        collapsed_layers=collapsed,
+        frozen_mlps=frozen,
         learns_from=learned[0] if learned else None,
-        lowest_validation=min((loss for _, loss in validation), default=None),
+        lowest_validation=min((loss for _, loss in validation if not np.isnan(loss)), default=None),
         last_validation=validation[-1][1] if validation else None,
     )
 
 
 def collapsed_layers(run: RecordedRun) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Steps, and how many softmax layers have collapsed rows; sigmoid has no rows that could."""
-    is_softmax = run.facts["config"]["mechanism"] == "softmax"
-    return _count_below(run, "attention/entropy", ".attention", COLLAPSED_ENTROPY if is_softmax else 0.0)
+    """Steps, and how many attention layers are collapsed."""
+    if run.facts["config"]["mechanism"] == "softmax":
+        return _count(run, "attention/entropy", ".attention", lambda values: values < COLLAPSED_ENTROPY)
+    return _count(run, "attention/saturated_share", ".attention", lambda values: values > SATURATED_SHARE)
 
 
 def frozen_mlps(run: RecordedRun) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Steps, and how many MLPs' first layers Adam does not move."""
-    return _count_below(run, "adam_update_rms", ".mlp.hidden", FROZEN)
+    return _count(run, "adam_update_rms", ".mlp.hidden", lambda values: values < FROZEN)
 
 
 def markdown_table(runs: dict[str, RecordedRun]) -> str:
@@ -145,8 +162,8 @@ def markdown_table(runs: dict[str, RecordedRun]) -> str:
             _short(row.grows_from, "d"),
             _short(row.late, ".1f"),
             _short(row.largest, ".0f"),
-            str(row.collapsed_layers),
-            str(row.frozen_mlps),
+            _short(row.collapsed_layers, "d"),
+            _short(row.frozen_mlps, "d"),
             _short(row.learns_from, "d"),
             _short(row.lowest_validation, ".3f"),
             _short(row.last_validation, ".3f"),
@@ -176,15 +193,15 @@ def draw_seeds(path: Path, runs: dict[str, RecordedRun]) -> None:
             _draw_run(panels[:, column], run)
     facts = next(iter(runs.values())).facts
     for panel in panels[1]:
-        panel.axhline(facts["reference"], color="gray", linestyle=":", linewidth=1, label="unigram")
+        panel.axhline(facts["reference"], color="gray", linestyle=":", linewidth=1, label="knowing nothing")
         panel.axhline(
             facts["without_attention"], color="gray", linestyle="--", linewidth=1, label="without attention"
         )
-    panels[0, 0].legend(loc="upper left")
+    next(panel for panel in panels[0] if panel.lines).legend(loc="upper left")
     panels[1, 0].legend(loc="lower left")
     labels = (
-        "gradient norm,\nmedian of 50 steps",
-        "validation loss,\nnats",
+        "gradient norm,\nmedian of 50 steps\n(pale: each step)",
+        f"validation loss:\n{facts['metric']}",
         "collapsed\nlayers",
         "frozen MLPs",
     )
@@ -217,13 +234,13 @@ def _running_medians(norms: FloatArray) -> FloatArray:
     return np.asarray(np.median(windows, axis=1), dtype=np.float64)
 
 
-def _count_below(
-    run: RecordedRun, quantity: str, ending: str, limit: float
+def _count(
+    run: RecordedRun, quantity: str, ending: str, is_so: Callable[[NDArray[np.float32]], NDArray[np.bool_]]
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     columns = [run.over_steps(quantity, layer) for layer in run.layers(quantity) if layer.endswith(ending)]
     if not columns:
         return np.empty(0, np.int32), np.empty(0, np.int64)
-    return columns[0][0], np.sum([values < limit for _, values in columns], axis=0)
+    return columns[0][0], np.sum([is_so(values) for _, values in columns], axis=0)
 
 
 def _short(value: float | None, form: str) -> str:

@@ -115,10 +115,10 @@ def judge_long_run(run: RecordedRun) -> LongJudgement:
     baseline = _median(norms)
     has_baseline = baseline is not None and _is_healthy_past(norms, losses, baseline)
     first_steps = peak = sustained = None
-    later = _no_nan(norms[BASELINE.stop :])
+    later = no_nan(norms[BASELINE.stop :])
     begins: int | None = None
     if baseline is not None:
-        first_steps = _orders(_no_nan(norms[: BASELINE.start]).max(), baseline)
+        first_steps = _orders(no_nan(norms[: BASELINE.start]).max(), baseline)
         if len(later) >= SUSTAINED_STEPS:
             peak = _orders(later.max(), baseline)
             sustained = _orders(_sustained(later).max(), baseline)
@@ -127,9 +127,9 @@ def judge_long_run(run: RecordedRun) -> LongJudgement:
     not_finite = np.flatnonzero(~np.isfinite(norms[:count]) | ~np.isfinite(losses[:count]))
     stops = [step for step in (begins, *not_finite[:1].tolist()) if step is not None]
     validation = [loss for _, loss in run.facts["validation"]]
-    gain = _gain(run, validation[-1]) if validation else None
+    gain = gain_of(run, validation[-1]) if validation else None
     collapsed_layers = _collapsed_layers(run)
-    has_learned = gain is not None and gain - _gain(run, run.facts["without_attention"]) >= LEAST_GAIN
+    has_learned = gain is not None and gain - gain_of(run, run.facts["without_attention"]) >= LEAST_GAIN
     first_layer, went_at = _first_layer(run, sustained)
     verdict: Verdict
     if begins is not None:
@@ -179,7 +179,8 @@ def _is_healthy_past(norms: FloatArray, losses: FloatArray, median: float) -> bo
     return bool(is_finite and is_calm and has_begun_to_learn)
 
 
-def _no_nan(norms: FloatArray) -> FloatArray:
+def no_nan(norms: FloatArray) -> FloatArray:
+    """The same with infinity for what is no finite number."""
     return np.where(np.isfinite(norms), norms, np.inf)
 
 
@@ -198,7 +199,8 @@ def _orders(norm: float, baseline: float) -> float:
     return float(np.log10(max(norm, np.finfo(float).tiny) / baseline))
 
 
-def _gain(run: RecordedRun, loss: float) -> float:
+def gain_of(run: RecordedRun, loss: float) -> float:
+    """What a loss knows beyond the run's reference: nats, or share of the variance."""
     reference = run.facts["reference"]
     return reference - loss if run.facts["metric"].startswith("cross-entropy") else 1 - loss / reference
 
@@ -214,7 +216,7 @@ def _first_layer(run: RecordedRun, sustained: float | None) -> tuple[str | None,
         norms = run.values("grad_norm", layer)
         if len(norms) < num_steps:
             continue  # thinned: its positions are no steps
-        later = _no_nan(norms[BASELINE.stop :])
+        later = no_nan(norms[BASELINE.stop :])
         median = float(np.median(norms[BASELINE]))
         if median > 0 and (begins := _first_step(later, factor * median)) is not None:
             excess = later[begins - BASELINE.stop :][:SUSTAINED_STEPS].min() / median

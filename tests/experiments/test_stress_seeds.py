@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ def write(
             "name": name, "mechanism": mechanism, "seed": seed, "steps": steps, "learning_rate": rate,
         },
         "steps": steps,
+        "metric": "cross-entropy, nats",
         "reference": 9.2,
         "without_attention": 9.1,
         "validation": [(at, loss) for at, loss in ((250, 9.19), (500, 9.14), (750, 9.16)) if at <= steps],
@@ -50,7 +52,7 @@ def test_rows_and_figure(tmp_path, capsys):
     assert table == capsys.readouterr().out
     assert table.splitlines()[2:] == [
         "| again-softmax-seed1 | 100 | – | – | – | – | – | 0 | 0 | – | – | – |",
-        "| lead-sigmoid-seed0 | 2500 | 0.200 | 300 | – | 1.0 | 1 | 0 | 1 | 500 | 9.140 | 9.160 |",
+        "| lead-sigmoid-seed0 | 2500 | 0.200 | 300 | – | 1.0 | 1 | – | 1 | 500 | 9.140 | 9.160 |",
         "| lead-softmax-seed0 | 2500 | 0.200 | 300 | 1975 | 5.5 | 10 | 1 | 0 | 500 | 9.140 | 9.160 |",
     ]
     assert (out / "seeds.png").stat().st_size > 10_000
@@ -64,6 +66,26 @@ def test_growth_begins_where_a_median_of_fifty_steps_has_doubled(tmp_path):
     assert row.late == pytest.approx(10)
     steps, counts = collapsed_layers(run)
     assert steps[np.flatnonzero(counts)[0]] == 2000
+
+
+def test_what_was_not_measured_is_not_zero(tmp_path):
+    write(tmp_path, "lead-softmax-seed0", "softmax", steps=1400)
+    (run,) = read_runs([tmp_path]).values()
+    norms = {series: values for series, values in run.series.items() if series.quantity == "grad_norm"}
+    row = summarise(replace(run, series=norms))
+    assert (row.collapsed_layers, row.frozen_mlps) == (None, None)
+    ((series, (steps, values)),) = norms.items()
+    for number in (0, math.nan):
+        row = summarise(replace(run, series={series: (steps, np.full_like(values, number))}))
+        assert (row.calm, row.calm_from, row.grows_from, row.largest) == (None, None, None, None)
+
+
+def test_a_regression_learns_a_share_of_the_variance(tmp_path):
+    write(tmp_path, "lead-softmax-seed0", "softmax", steps=100)
+    (run,) = read_runs([tmp_path]).values()
+    losses = [(250, 9.1), (500, 8.5)]  # 0.01 and 0.08 of a variance of 9.2 explained
+    row = summarise(replace(run, facts=run.facts | {"metric": "mean squared error", "validation": losses}))
+    assert row.learns_from == 500
 
 
 def test_a_run_that_is_not_there(tmp_path, capsys):
