@@ -11,18 +11,20 @@ from numpy.typing import NDArray
 
 from experiments.paired_comparison import Comparison
 from experiments.representation_results import RawRun
+from experiments.representation_scope import Scope
 
 # Embeddings and types, as they are in a run.
 Picture = tuple[Any, Any]
 PANELS = ("PCA", "untrained", "softmax", "sigmoid")
 
 
-def draw_differences(path: Path, comparisons: dict[str, list[Comparison]]) -> None:
+def draw_differences(path: Path, comparisons: dict[str, list[Comparison]], scope: Scope) -> None:
     """Sigmoid less softmax on each data set with its interval, one panel a metric.
 
     Args:
         path: A .png or .svg file.
         comparisons: Title of a panel → what it shows.
+        scope: Its remarks stand behind the names: which are controls, and which do not count.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global pyplot state
     from matplotlib.figure import Figure
@@ -38,7 +40,7 @@ def draw_differences(path: Path, comparisons: dict[str, list[Comparison]]) -> No
             color = {"undecided": "0.6", "higher": "black", "lower": "black"}[each.verdict]
             panel.plot([each.low, each.high], [row, row], color=color, linewidth=1.5)
             panel.plot(each.difference, row, "o", color=color)
-        panel.set_yticks(range(len(found)), [each.dataset for each in found])
+        panel.set_yticks(range(len(found)), [each.dataset + scope.remark(each.dataset) for each in found])
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("sigmoid less softmax", fontsize=8)
         panel.tick_params(labelsize=8)
@@ -46,7 +48,7 @@ def draw_differences(path: Path, comparisons: dict[str, list[Comparison]]) -> No
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
     panel.invert_yaxis()
-    figure.suptitle("Mean paired differences; grey: undecided after Holm's correction", fontsize=10)
+    figure.suptitle("Mean paired differences; grey: undecided (Holm; a control by itself)", fontsize=10)
     figure.savefig(path)
 
 
@@ -106,13 +108,19 @@ def _by_dataset(runs: Sequence[RawRun]) -> dict[str, dict[str, Picture]]:
 
 
 def _scatter(panel: Any, embeddings: NDArray[Any], types: NDArray[np.str_]) -> None:
-    from matplotlib import colormaps
     from sklearn.manifold import TSNE
 
     perplexity = min(30, (len(types) - 1) / 3)
     places = TSNE(perplexity=perplexity, random_state=0).fit_transform(embeddings.astype(np.float32))
     names = np.unique(types)
-    colours = colormaps["tab20"]
-    for i, name in enumerate(names):
+    for name, colour in zip(names, type_colours(len(names)), strict=True):
         chosen = types == name
-        panel.scatter(*places[chosen].T, s=4, color=colours(i % 20), label=name, linewidths=0)
+        panel.scatter(*places[chosen].T, s=4, color=colour, label=name, linewidths=0)
+
+
+def type_colours(count: int) -> list[Any]:
+    """So many colours, no two alike: the usual twenty, then twenty more, then a rainbow."""
+    from matplotlib import colormaps
+
+    usual = [colormaps[name](i) for name in ("tab20", "tab20b") for i in range(20)]
+    return usual[:count] if count <= len(usual) else [colormaps["hsv"](i / count) for i in range(count)]

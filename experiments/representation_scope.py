@@ -29,6 +29,8 @@ class Scope:
         unlearned: Those where one mechanism's mean validation loss is not below that without attention:
             nothing follows from them.
         at_budget: Those where more than half of the final runs ended by steps and not by patience.
+
+    Runs of seeds that one mechanism lacks do not count, and decide none of this.
     """
 
     controls: frozenset[str]
@@ -36,6 +38,14 @@ class Scope:
     missing: tuple[str, ...] = ()
     unlearned: tuple[str, ...] = ()
     at_budget: tuple[str, ...] = ()
+
+    def remark(self, dataset: str) -> str:
+        """What stands behind a data set's name, empty where there is nothing to say."""
+        if dataset in self.controls:
+            return " (control)"
+        if dataset in self.unlearned:
+            return " (attention learned nothing here)"
+        return " (at this budget)" if dataset in self.at_budget else ""
 
     def remarks(self) -> str:
         """In words, empty where there is nothing to say."""
@@ -62,16 +72,14 @@ def scope_of(runs: Sequence[RawRun]) -> Scope:
         if run.config["dataset"] not in controls:
             finals.setdefault(run.config["dataset"], []).append(run)
     planned = PLANNED if finals.keys() <= set(PLANNED) else tuple(finals)
-    missing = tuple(name for name in planned if not _seeds_of_both(finals.get(name, [])))
+    paired = {name: _of_both(found) for name, found in finals.items()}
     return Scope(
         controls,
         planned,
-        missing,
-        unlearned=tuple(
-            name for name, found in finals.items() if name not in missing and not _has_learned(found)
-        ),
+        missing=tuple(name for name in planned if not paired.get(name)),
+        unlearned=tuple(name for name, found in paired.items() if found and not _has_learned(found)),
         at_budget=tuple(
-            name for name, found in finals.items() if 2 * sum(map(_is_ended_by_steps, found)) > len(found)
+            name for name, found in paired.items() if 2 * sum(map(_is_ended_by_steps, found)) > len(found)
         ),
     )
 
@@ -140,9 +148,10 @@ def _of(runs: Sequence[RawRun], mechanism: str) -> list[RawRun]:
     return [run for run in runs if run.config["mechanism"] == mechanism]
 
 
-def _seeds_of_both(runs: Sequence[RawRun]) -> set[int]:
+def _of_both(runs: Sequence[RawRun]) -> list[RawRun]:
+    """Of the seeds that both mechanisms have."""
     softmax, sigmoid = ({run.config["seed"] for run in _of(runs, mechanism)} for mechanism in MECHANISMS)
-    return softmax & sigmoid
+    return [run for run in runs if run.config["seed"] in softmax & sigmoid]
 
 
 def _has_learned(runs: Sequence[RawRun]) -> bool:
@@ -150,7 +159,7 @@ def _has_learned(runs: Sequence[RawRun]) -> bool:
         [run.facts["without_attention"] - run.facts["validation_loss"] for run in _of(runs, mechanism)]
         for mechanism in MECHANISMS
     ]
-    return all(found and fmean(found) > 0 for found in gains)
+    return all(fmean(found) > 0 for found in gains)
 
 
 def _is_ended_by_steps(run: RawRun) -> bool:

@@ -65,7 +65,7 @@ def markdown(
              "seeds (of training)", "95 % interval over held-out cells"],
             (
                 [
-                    each.dataset + _remark(each.dataset, scope),
+                    each.dataset + scope.remark(each.dataset),
                     f"{each.softmax:.4f}", f"{each.sigmoid:.4f}", f"{each.difference:+.4f}",
                     _interval(each), "–" if np.isnan(each.p) else f"{each.p:.2g}",
                     each.verdict, str(each.pairs), _cell_interval(cells[metric][each.dataset]),
@@ -73,7 +73,13 @@ def markdown(
                 for each in comparisons[metric]
             ),
         )  # fmt: skip
-    parts += ["", "## All metrics", "", "Means over seeds; after ± the standard deviation.", ""]
+    parts += [
+        "",
+        "## All metrics",
+        "",
+        "Means over the seeds that both mechanisms have; after ± the standard",
+    ]
+    parts += ["deviation.", ""]
     for metric, meaning in METRICS.items():
         parts.append(f"* `{metric}`: {meaning}")
     parts.append("")
@@ -129,18 +135,16 @@ def _cell_interval(interval: CellInterval) -> str:
     return f"{interval.low:+.4f} to {interval.high:+.4f} ({interval.count} {interval.unit})"
 
 
-def _remark(dataset: str, scope: Scope) -> str:
-    if dataset in scope.controls:
-        return " (control)"
-    if dataset in scope.unlearned:
-        return " (attention learned nothing here)"
-    return " (at this budget)" if dataset in scope.at_budget else ""
-
-
 def _metric_rows(judged: Sequence[Judged]) -> Iterable[list[str]]:
     for dataset in dict.fromkeys(each.dataset for each in judged):
+        of_dataset = [each for each in judged if each.dataset == dataset]
+        softmax, sigmoid = (
+            {each.seed for each in of_dataset if each.method == method} for method in ("softmax", "sigmoid")
+        )
+        # The same seeds as in the tables above: other means of the same runs would contradict them.
+        counted = (softmax & sigmoid) | {None}  # the baseline's
         for method in METHODS:
-            found = [each.values for each in judged if (each.dataset, each.method) == (dataset, method)]
+            found = [e.values for e in of_dataset if e.method == method and e.seed in counted]
             if not found:
                 continue
             cells = []

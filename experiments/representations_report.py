@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "runs": [{key: value for key, value in run.facts.items() if key != "versions"} for run in runs],
         },
     )
-    draw_differences(options.out / "differences.png", {PRIMARY[m]: comparisons[m] for m in PRIMARY})
+    draw_differences(options.out / "differences.png", {PRIMARY[m]: comparisons[m] for m in PRIMARY}, scope)
     draw_embeddings(options.out / "embeddings.png", runs)
     print(page)
     print(f"{len(runs)} runs. Written: {options.out}")

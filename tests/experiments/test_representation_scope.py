@@ -94,7 +94,19 @@ def test_data_sets_of_ones_own_are_their_own_family():
 
 def test_both_mechanisms_must_beat_no_attention_on_the_mean():
     assert scope_of(pair(loss=4.9)).unlearned == ()
-    assert scope_of([*pair(loss=4.9), raw(seed=1, loss=5.2)]).unlearned == (GUT,)
+    second = [raw(mechanism="softmax", seed=1, loss=4.9), raw(seed=1, loss=5.2)]
+    assert scope_of([*pair(loss=4.9), *second]).unlearned == (GUT,)
+    assert scope_of([*pair(loss=4.9), *second]).remark(GUT) == " (attention learned nothing here)"
+
+
+def test_seeds_that_one_mechanism_lacks_decide_nothing():
+    """A lease that ends leaves more seeds of the faster mechanism: they are in no comparison either."""
+    alone = [raw(seed=seed, loss=9.0, is_stopped_by_patience=False) for seed in range(1, 10)]
+    scope = scope_of([*pair(), *alone])
+    assert (scope.unlearned, scope.at_budget, scope.remark(GUT)) == ((), (), "")
+    scope = scope_of(alone)
+    assert GUT in scope.missing
+    assert scope.at_budget == ()
 
 
 def test_ends_by_steps_count_and_divergence_is_neither():

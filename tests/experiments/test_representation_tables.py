@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from experiments.embedding_metrics import METRICS
+from experiments.paired_comparison import compare
+from experiments.representation_figures import draw_differences, type_colours
+from experiments.representation_findings import LOSSES, PRIMARY, compare_all
+from experiments.representation_results import Judged
+from experiments.representation_scope import Scope
+from experiments.representation_tables import markdown
+
+
+def judged(method: str, seed: int | None, silhouette: float, dataset: str = "gut") -> Judged:
+    return Judged(dataset, method, seed, dict.fromkeys((*METRICS, *LOSSES), silhouette))
+
+
+def test_all_metrics_are_of_the_seeds_that_are_compared():
+    """Otherwise a page tells two means of the same runs, and ± those of seeds that count nowhere."""
+    found = [judged("PCA", None, 0.5), judged("softmax untrained", 1, 0.1)]
+    found += [judged("softmax", seed, 0.2) for seed in (1, 2)]
+    found += [judged("sigmoid", seed, 0.3 if seed < 3 else 0.9) for seed in (1, 2, 3)]
+    found += [judged("PCA", None, 0.5, "blood"), judged("sigmoid", 1, 0.3, "blood")]
+    scope = Scope(frozenset(), ("gut", "blood"), missing=("blood",))
+    page = markdown(
+        found, [], compare_all([e for e in found if e.dataset == "gut"], scope), Everywhere(), scope
+    )
+    rows = [line for line in page.split("## All metrics")[1].splitlines() if line.startswith("| gut")]
+    assert [row.split(" | ")[1:3] for row in rows] == [
+        ["PCA", "0.500"],
+        ["softmax untrained", "0.100"],
+        ["softmax", "0.200 ± 0.000"],
+        ["sigmoid", "0.300 ± 0.000"],
+    ]
+    assert "| blood | PCA" in page
+    assert "| blood | sigmoid" not in page
+
+
+class Everywhere(dict):
+    """An interval over cells for each metric and data set."""
+
+    def __missing__(self, key):
+        from experiments.representation_bootstrap import CellInterval
+
+        return CellInterval(0.0, 1.0, "cells", 5) if key == "gut" else Everywhere()
+
+
+@pytest.mark.parametrize("count", [20, 22, 40, 50])
+def test_no_two_types_have_one_colour(count):
+    """The gut has 22 types."""
+    assert len(set(type_colours(count))) == count
+
+
+def test_the_figure_tells_controls_and_what_does_not_count(tmp_path):
+    values = np.array([0.0, 1.0, 2.0]), np.array([0.1, 1.2, 2.3])
+    comparisons = compare(dict.fromkeys(("gut", "blood", "lines"), values))
+    scope = Scope(frozenset({"lines"}), ("gut", "blood"), unlearned=("blood",))
+    draw_differences(tmp_path / "differences.svg", dict.fromkeys(PRIMARY.values(), comparisons), scope)
+    drawn = (tmp_path / "differences.svg").read_text()  # each text is a comment there
+    assert "lines (control)" in drawn
+    assert "blood (attention learned nothing here)" in drawn
