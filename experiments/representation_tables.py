@@ -73,13 +73,8 @@ def markdown(
                 for each in comparisons[metric]
             ),
         )  # fmt: skip
-    parts += [
-        "",
-        "## All metrics",
-        "",
-        "Means over the seeds that both mechanisms have; after ± the standard",
-    ]
-    parts += ["deviation.", ""]
+    parts += ["", "## All metrics", ""]
+    parts += ["Means over the seeds that both mechanisms have; after ± the standard deviation.", ""]
     for metric, meaning in METRICS.items():
         parts.append(f"* `{metric}`: {meaning}")
     parts.append("")
