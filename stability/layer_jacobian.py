@@ -79,7 +79,7 @@ def layer_jacobian_norms(
         seed: Of the estimator's own generator.
 
     Returns:
-        Norms; all zero where the Jacobian is.
+        Norms; all zero where the Jacobian is, and NaN, or infinite, where it is not finite.
 
     Raises:
         TypeError: `function` is no callable, or input or output is no floating-point tensor.
@@ -107,7 +107,7 @@ def layer_jacobian_norms(
             u, image = _normalized(_jvp(frozen, input, v))
             (w,) = vjp(u)  # normalising in between keeps tiny Jacobians from underflowing
             spectral = _ratio(image, length)
-            residual = _ratio(_norm(w - (spectral / length) * v), spectral)
+            residual = _ratio(_norm(w - _ratio(spectral, length) * v), spectral)
             v, _ = _normalized(w)
         energies = []
         for _ in range(num_probes):
@@ -194,9 +194,10 @@ def _norm(tensor: Tensor) -> Tensor:
 def _normalized(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """The unit vector (zero stays zero) and the norm."""
     norm = _norm(tensor)
-    return tensor / torch.where(norm > 0, norm, torch.ones_like(norm)), norm
+    return tensor / torch.where(norm == 0, torch.ones_like(norm), norm), norm
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Quotient of two non-negative numbers, 0 where the denominator vanishes."""
-    return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))
+    """Quotient of two non-negative numbers, 0 where the denominator vanishes; NaN where either is."""
+    is_zero = (denominator == 0) & ~numerator.isnan()
+    return torch.where(is_zero, torch.zeros_like(numerator), numerator / denominator)

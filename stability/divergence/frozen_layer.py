@@ -81,7 +81,12 @@ class FrozenLayerDetector:
         is_any_alive = max(self._num_alive.values()) >= self._num_records
         if not frozen:
             self._told.clear()
-        joined = [layer for layer in frozen if is_any_alive and layer not in self._told]
+        # In the order of this record: a layer whose first gradients were zero came to be known after others.
+        joined = [
+            layer
+            for layer in sizes
+            if is_any_alive and self._num_frozen[layer] >= self._num_records and layer not in self._told
+        ]
         self._told.update(joined)
         return [self._alert(step, joined, len(frozen))] if joined else []
 

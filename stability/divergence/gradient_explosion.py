@@ -143,7 +143,8 @@ class GradientExplosionDetector:
             return []
         self._first = self._first or norm
         ratio = norm / self._first
-        level = (math.log(ratio) >= self._warning) + (math.log(ratio) >= self._divergence)
+        height = math.log(ratio) if ratio > 0 else -math.inf  # float64 gradients may fall out of its range
+        level = (height >= self._warning) + (height >= self._divergence)
         if level <= self._reported:
             return []
         self._reported = level

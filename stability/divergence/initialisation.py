@@ -72,7 +72,8 @@ class InitialisationDetector:
         if not outliers:
             return []
         layer = max(outliers, key=lambda name: (abs(outliers[name]), outliers[name]))
-        norm, reference = norms[layer], norms[layer] / math.exp(outliers[layer])
+        norm = norms[layer]
+        reference = math.exp(math.log(norm) - outliers[layer])
         return [
             Alert(
                 step,

@@ -9,7 +9,7 @@ import numpy as np
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings
 from stability.divergence.remedies import REMEDIES
-from stability.divergence.track import ONSET_SCORE, Tracks, logs, origin
+from stability.divergence.track import ONSET_SCORE, Track, Tracks, logs, origin
 
 _ALIVE = math.log(10)
 _LOG_CHANCE = math.log(1e-6)
@@ -86,7 +86,7 @@ class VanishingGradientDetector:
         norms = {
             layer: norm
             for layer, norm in readings.get("grad_norm", {}).items()
-            if layer != ALL_LAYERS and norm < math.inf
+            if layer != ALL_LAYERS and 0 <= norm < math.inf
         }
         if not norms:
             return []
@@ -119,7 +119,8 @@ class VanishingGradientDetector:
             for layer in layers
             if self._num_gone[layer] >= self._num_steps and self._num_gone[layer] >= self._patience(layer)
         ]
-        if not gone:
+        # A layer that a step leaves out, or whose gradient is NaN there, is what it was.
+        if not gone and all(layer in norms or not self._num_gone[layer] for layer in self._told):
             self._told.clear()
         joined = [layer for layer in gone if is_any_alive and layer not in self._told]
         self._told.update(joined)
@@ -159,8 +160,10 @@ class VanishingGradientDetector:
         norm = track.recent[-1][1]
         row = self._tracks.rows([layer])
         reference = math.exp(self._tracks.medians(row)[0]) if self._tracks.lengths(row)[0] else None
-        if norm == 0:
+        if norm == 0 and (reference is None or _begins_with_zero(track)):
             what = f"its gradient has been zero since step {track.onset}"
+        elif norm == 0:
+            what = f"its gradient is zero, and has been out of its range since step {track.onset}"
         else:
             what = f"its gradient norm {norm:.3g} is {norm / (reference or norm):.1g} × its median"
         kind = "dead-layer" if norm == 0 else "vanishing-gradient"
@@ -178,3 +181,9 @@ class VanishingGradientDetector:
             spread=spread,
             remedies=REMEDIES[kind],
         )
+
+
+def _begins_with_zero(track: Track) -> bool:
+    """Whether a gradient of zero is known to have been zero since its onset: it may have fallen first."""
+    since_onset = [norm for step, norm in track.recent if step >= (track.onset or 0)]
+    return track.recent[-len(since_onset)][0] == track.onset and not any(since_onset)

@@ -13,6 +13,7 @@ from stability.divergence.track import Tracks, logs, origin
 
 _SHORTEST_HABIT = 5
 _TINY = 1e-12
+_SMALLEST_RATIO, _LARGEST_RATIO = 1e-300, 1e300
 
 
 class WeightJumpDetector:
@@ -161,6 +162,7 @@ class WeightJumpDetector:
         is_later = (step > steps) & ~np.isnan(before)
         with np.errstate(over="ignore", under="ignore"):
             ratios = np.where(is_later, norms / before, 1.0)
+        ratios = np.clip(ratios, _SMALLEST_RATIO, _LARGEST_RATIO)  # float64's own weights may go further
         growth = logs(ratios.tolist())
         return growth / np.maximum(step - steps, 1)
 

@@ -225,3 +225,14 @@ class TestBadInput:
 
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             layer_jacobian_norms(Double.apply, torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_jacobian_that_is_not_finite_gives_no_number_for_zero(dtype: torch.dtype) -> None:
+    points = {
+        "nan": torch.tensor([-1.0, 1.0], dtype=dtype),
+        "infinite": torch.tensor([0.0, 1.0], dtype=dtype),
+    }
+    for point in points.values():
+        norms = layer_jacobian_norms(torch.sqrt, point)
+        assert not any(torch.isfinite(norm) for norm in norms)

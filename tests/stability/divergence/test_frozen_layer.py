@@ -160,3 +160,23 @@ def test_a_network_that_has_learned_its_samples_by_heart_is_quiet() -> None:
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FrozenLayerDetector(**arguments)
+
+
+def test_of_layers_that_freeze_together_the_first_is_named_whichever_had_a_gradient_first() -> None:
+    detector = FrozenLayerDetector()
+    alerts = []
+    for record in range(5):
+        frozen = 1.0 if record == 0 else 1e-5
+        sizes = {"first": 0.0 if record == 0 else frozen, "second": frozen, "head": 0.5}
+        alerts += detector.update(200 * record, {"adam_update_rms": sizes})
+    (alert,) = alerts
+    assert (alert.layer, alert.spread, alert.onset_step) == ("first", ("second",), 200)
+
+
+def test_a_layer_that_is_recorded_no_longer_is_not_told() -> None:
+    detector = FrozenLayerDetector()
+    for record in range(12):
+        sizes = {"head": 0.05 if record < 6 else 0.5}  # alive only when the other one has gone
+        if record < 3:
+            sizes["gone"] = 1e-5
+        assert not detector.update(200 * record, {"adam_update_rms": sizes})

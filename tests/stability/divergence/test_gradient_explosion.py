@@ -132,3 +132,9 @@ def test_the_reference_is_the_median_that_was_judged():
     (alert,) = alerts
     assert alert.reference == pytest.approx(3.0)
     assert "its median of 3" in alert.reason
+
+
+def test_a_first_norm_that_falls_beyond_the_range_of_float64_is_quiet() -> None:
+    detector = GradientExplosionDetector()
+    for step, norm in enumerate([1e200, 1e-200, 1e200]):
+        assert not detector.update(step, {"grad_norm": {"(all)": norm}})

@@ -47,3 +47,10 @@ def test_weights_of_a_training_that_is_taken_up_are_no_first_ones() -> None:
 def test_bad_arguments(arguments: dict) -> None:
     with pytest.raises(ValueError, match="ratio must be above 1 and num_ranges at least 0"):
         InitialisationDetector(**arguments)
+
+
+def test_norms_apart_by_more_than_the_range_of_float64() -> None:
+    norms = {"blocks.0.mlp": 1e-300, "blocks.1.mlp": 1e300}
+    (alert,) = InitialisationDetector().update(0, {"weight_norm": norms})
+    assert (alert.layer, alert.value) == ("blocks.1.mlp", 1e300)
+    assert alert.reference == pytest.approx(1e-300)

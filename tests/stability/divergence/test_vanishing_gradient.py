@@ -126,3 +126,34 @@ def test_a_training_that_has_learned_everything_is_quiet() -> None:
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VanishingGradientDetector(**arguments)
+
+
+def test_the_sentence_says_zero_only_since_it_was() -> None:
+    def told(gradients: list[float]) -> str:
+        detector = VanishingGradientDetector()
+        alerts = [
+            alert
+            for step, gradient in enumerate(40 * [1.0] + gradients)
+            for alert in detector.update(step, {"grad_norm": {"a": gradient, "b": 1.0}})
+        ]
+        (alert,) = alerts
+        assert (alert.kind, alert.onset_step) == ("dead-layer", 40)
+        return alert.reason
+
+    assert told(5 * [0.0]).startswith("its gradient has been zero since step 40, while")
+    falls_first = told([1e-4, 1e-4, 1e-5, 0.0, 0.0])
+    assert falls_first.startswith("its gradient is zero, and has been out of its range since step 40, while")
+
+
+@pytest.mark.parametrize("missing", [{}, {"dead": float("nan")}])
+def test_a_dead_layer_that_steps_leave_out_is_told_once(missing: dict[str, float]) -> None:
+    detector = VanishingGradientDetector()
+    alerts = []
+    for step in range(400):
+        of_dead = missing if step in (150, 151, 300) else {"dead": 1.0 if step < 40 else 0.0}
+        alerts += detector.update(step, {"grad_norm": {"alive": 1.0, **of_dead}})
+    assert [(alert.layer, alert.step) for alert in alerts] == [("dead", 44)]
+
+
+def test_negative_norms_of_other_recorders_are_passed_over() -> None:
+    assert not VanishingGradientDetector().update(0, {"grad_norm": {"a": -1.0, "b": -float("inf")}})

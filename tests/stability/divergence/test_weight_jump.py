@@ -149,3 +149,21 @@ def test_steps_without_a_gradient_are_no_habit() -> None:
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WeightJumpDetector(**arguments)
+
+
+@pytest.mark.parametrize("sizes", [(1e-200, 1e200), (1e200, 1e-200)])
+def test_weights_that_change_beyond_the_range_of_float64(sizes: tuple[float, float]) -> None:
+    before, after = sizes
+    detector = WeightJumpDetector(min_history=5)
+    alerts = []
+    for step in range(30):
+        weights = {layer: 1 + 1e-4 * step for layer in "bcd"}
+        weights["a"] = before * (1 + 1e-4 * step) if step < 20 else after
+        alerts += detector.update(step, {"weight_norm": weights})
+    (alert,) = alerts
+    assert (alert.layer, alert.step) == ("a", 20)
+    # In the first steps, when there is no habit yet, such a change is taken in as a finite one.
+    early = WeightJumpDetector()
+    for step, size in enumerate([*sizes, *sizes, *(20 * [1.0])]):
+        early.update(step, {"weight_norm": {"a": size}})
+    assert all(math.isfinite(value) for value in early.state_dict()["tracks"]["a"]["range"])
