@@ -80,6 +80,18 @@ def test_what_was_not_measured_is_not_zero(tmp_path):
         assert (row.calm, row.calm_from, row.grows_from, row.largest) == (None, None, None, None)
 
 
+def test_a_norm_that_is_no_number_is_growth(tmp_path):
+    write(tmp_path, "lead-softmax-seed0", "softmax", steps=1900)
+    (run,) = read_runs([tmp_path]).values()
+    ((series, (steps, norms)),) = [item for item in run.series.items() if item[0].quantity == "grad_norm"]
+    broken = norms.copy()
+    broken[[700, *range(1800, 1900)]] = np.nan
+    facts = run.facts | {"validation": [(250, math.nan), (500, 9.14)]}
+    row = summarise(replace(run, facts=facts, series={series: (steps, broken)}))
+    assert (row.calm, row.grows_from, row.largest) == (pytest.approx(0.2), 1775, math.inf)
+    assert row.lowest_validation == 9.14
+
+
 def test_a_regression_learns_a_share_of_the_variance(tmp_path):
     write(tmp_path, "lead-softmax-seed0", "softmax", steps=100)
     (run,) = read_runs([tmp_path]).values()
