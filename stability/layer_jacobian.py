@@ -109,18 +109,21 @@ def layer_jacobian_norms(
             spectral = _ratio(image, length)
             residual = _ratio(_norm(w - _ratio(spectral, length) * v), spectral)
             v, _ = _normalized(w)
-        energies = []
+        lengths = []
         for _ in range(num_probes):
             signs = torch.randint(2, output.shape, generator=generator, device=output.device)
-            energies.append(_norm(vjp((2 * signs - 1).to(output.dtype))[0]).square())
-    energy = torch.stack(energies)
+            lengths.append(_norm(vjp((2 * signs - 1).to(output.dtype))[0]))
+    length = torch.stack(lengths)
+    longest = length.amax()
+    unit = torch.where((longest > 0) & longest.isfinite(), longest, 1.0)  # squares of 1e200 leave the range
+    energy = (length / unit).square()
     frobenius = energy.mean().sqrt()
     energy_error = energy.std() / num_probes**0.5
     return LayerJacobianNorms(
         spectral=spectral,
         spectral_residual=residual,
-        frobenius=frobenius,
-        frobenius_standard_error=_ratio(energy_error, 2 * frobenius),
+        frobenius=unit * frobenius,
+        frobenius_standard_error=unit * _ratio(energy_error, 2 * frobenius),
     )
 
 

@@ -78,7 +78,8 @@ class FrozenLayerDetector:
             is_alive = size > _ALIVE * self._limit
             self._num_alive[layer] = self._num_alive.get(layer, 0) + 1 if is_alive else 0
         frozen = [layer for layer, number in self._num_frozen.items() if number >= self._num_records]
-        is_any_alive = max(self._num_alive.values()) >= self._num_records
+        # Of this record's layers: one that is trained no longer was alive when it was seen last.
+        is_any_alive = max(self._num_alive[layer] for layer in sizes) >= self._num_records
         if not frozen:
             self._told.clear()
         # In the order of this record: a layer whose first gradients were zero came to be known after others.

@@ -27,7 +27,7 @@ class LossDetector:
     The trend is the median of the last 16 losses, a residual the distance of the next loss from it. The noise
     is the spread of 64 residuals, the 16 newest left out so that what begins does not hide itself: as their
     quartiles give it or their 90 % quantile, whichever is larger, since losses of small batches have long
-    tails; and at least ``min_relative_noise`` of the trend.
+    tails; and at least ``min_relative_noise`` of the loss that is judged.
 
     * A **spike** is a residual of ``spike_spreads`` times the noise and ``spike_ratio`` times the largest of
       the last ``window``. 5 times the noise and 1.5 times the largest will do where the logarithm of the
@@ -52,7 +52,8 @@ class LossDetector:
         first_ratio: Calibrated: clean runs reach 2.
         window: Residuals that the largest is read from.
         min_history: Residuals before spikes and shifts are judged.
-        min_relative_noise: Least noise, in units of the trend; a loss that does not vary at all has none.
+        min_relative_noise: Least noise, in units of the loss that is judged (of the logarithm of a gradient
+            norm, as it is); a loss that does not vary at all has none.
 
     Raises:
         ValueError: If a number is out of range.

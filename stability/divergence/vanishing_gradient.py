@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,10 @@ class VanishingGradientDetector:
             self._told.clear()
         joined = [layer for layer in gone if is_any_alive and layer not in self._told]
         self._told.update(joined)
-        return [self._alert(step, joined, len(gone), len(layers))] if joined else []
+        if not joined:
+            return []
+        of_layer = {layers[index]: median for index, median in zip(judged, medians.tolist(), strict=True)}
+        return [self._alert(step, joined, of_layer, len(gone), len(layers))]
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
@@ -154,12 +158,16 @@ class VanishingGradientDetector:
         num_absent = self._num_steps_seen - self._num_gone[layer] - num_present + 1
         return _LOG_CHANCE / math.log(num_absent / (num_absent + num_present))
 
-    def _alert(self, step: int, joined: list[str], num_gone: int, num_layers: int) -> Alert:
+    def _alert(
+        self, step: int, joined: list[str], medians: Mapping[str, float], num_gone: int, num_layers: int
+    ) -> Alert:
         layer, spread = origin(self._tracks, joined, ties="last")
         track = self._tracks[layer]
         norm = track.recent[-1][1]
         row = self._tracks.rows([layer])
-        reference = math.exp(self._tracks.medians(row)[0]) if self._tracks.lengths(row)[0] else None
+        # What it was judged by: this step's value has entered the history since, unless it is zero.
+        median = medians.get(layer, self._tracks.medians(row)[0] if self._tracks.lengths(row)[0] else None)
+        reference = None if median is None else math.exp(median)
         if norm == 0 and (reference is None or _begins_with_zero(track)):
             what = f"its gradient has been zero since step {track.onset}"
         elif norm == 0:

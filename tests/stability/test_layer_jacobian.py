@@ -236,3 +236,11 @@ def test_a_jacobian_that_is_not_finite_gives_no_number_for_zero(dtype: torch.dty
     for point in points.values():
         norms = layer_jacobian_norms(torch.sqrt, point)
         assert not any(torch.isfinite(norm) for norm in norms)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_jacobians_whose_squares_leave_the_range_of_float64(scale: float) -> None:
+    norms = layer_jacobian_norms(lambda x: scale * x, torch.ones(4, dtype=torch.float64))
+    assert norms.spectral.item() / scale == pytest.approx(1.0)
+    assert norms.frobenius.item() / scale == pytest.approx(2.0)
+    assert norms.frobenius_standard_error.item() / scale == pytest.approx(0.0)

@@ -71,3 +71,26 @@ def test_wrong_shape_fails() -> None:
 def test_arguments_that_are_not_floating_point_pass_unchanged() -> None:
     x, index = torch.randn(5).half(), torch.tensor([3, 1])
     assert_within_error_budget(x[index] * 2, lambda x, index, factor: x[index] * factor, [x, index, 2])
+
+
+def test_an_overflow_of_the_plain_definition_is_no_budget_for_anything() -> None:
+    x = torch.tensor([300.0, 2.0], dtype=torch.float16)
+    for wrong in ([torch.inf, 4.0], [0.0, 4.0], [90_000.0, 5.0]):
+        with pytest.raises(AssertionError, match="exceeds its budget"):
+            assert_within_error_budget(torch.tensor(wrong), torch.square, [x])
+    assert_within_error_budget(torch.tensor([90_000.0, 4.0]), torch.square, [x])
+
+
+def test_what_is_not_finite_in_float64_either_has_to_be_the_same() -> None:
+    x = torch.tensor([0.0, 2.0, -1.0])
+    assert_within_error_budget(x.log(), torch.log, [x])
+    for place, wrong in ((0, torch.inf), (0, -1e30), (2, 0.0), (1, torch.nan)):
+        result = x.log()
+        result[place] = wrong
+        with pytest.raises(AssertionError, match="exceeds its budget"):
+            assert_within_error_budget(result, torch.log, [x])
+
+
+def test_results_without_entries_pass() -> None:
+    x = torch.empty(0, 3)
+    assert_within_error_budget(x, torch.exp, [x])

@@ -180,3 +180,11 @@ def test_a_layer_that_is_recorded_no_longer_is_not_told() -> None:
         if record < 3:
             sizes["gone"] = 1e-5
         assert not detector.update(200 * record, {"adam_update_rms": sizes})
+
+
+def test_a_layer_that_is_trained_no_longer_does_not_count_as_one_that_learns() -> None:
+    # The head was alive until it was taken out of training; then everything has been learned.
+    detector = FrozenLayerDetector()
+    for record in range(12):
+        sizes = {"head": 1.0, "body": 1.0} if record < 4 else {"body": 1e-5}
+        assert not detector.update(200 * record, {"adam_update_rms": sizes})

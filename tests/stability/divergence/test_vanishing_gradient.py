@@ -157,3 +157,15 @@ def test_a_dead_layer_that_steps_leave_out_is_told_once(missing: dict[str, float
 
 def test_negative_norms_of_other_recorders_are_passed_over() -> None:
     assert not VanishingGradientDetector().update(0, {"grad_norm": {"a": -1.0, "b": -float("inf")}})
+
+
+def test_the_reference_is_the_median_that_was_judged() -> None:
+    # Half of the history is 1 and half is 100 until the value of the alert itself has come.
+    detector = VanishingGradientDetector()
+    norms = [*8 * [1.0], *12 * [100.0], *5 * [1e-9]]
+    (alert,) = verdicts(
+        detector, ((step, {"grad_norm": {"a": norm, "b": 1.0}}) for step, norm in enumerate(norms))
+    )
+    assert (alert.layer, alert.step) == ("a", 24)
+    assert alert.reference == pytest.approx(10.0)
+    assert "is 1e-10 × its median" in alert.reason
