@@ -92,7 +92,7 @@ def counted(comparisons: Sequence[Comparison], scope: Scope) -> list[Comparison]
     return [each for each in comparisons if each.dataset not in left_out]
 
 
-def attention_relations(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+def attention_relations(judged: Sequence[Judged], scope: Scope) -> list[dict[str, Any]]:
     """Whether attention statistics go with the outcome: rank correlations within data sets.
 
     Ranks are taken over the seeds of one data set and mechanism, then pooled: differences between data sets
@@ -100,16 +100,18 @@ def attention_relations(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
     Args:
         judged: Of all runs.
+        scope: Its controls are left out.
 
     Returns:
         One entry per mechanism, quantity and outcome.
     """
     rows = []
+    datasets = dict.fromkeys(each.dataset for each in judged if each.dataset not in scope.controls)
     for method in ("softmax", "sigmoid"):
         for quantity in ATTENTION:
             for outcome in ("silhouette", "held_out_loss"):
                 left, right = [], []
-                for dataset in dict.fromkeys(each.dataset for each in judged):
+                for dataset in datasets:
                     runs = [e.values for e in judged if (e.dataset, e.method) == (dataset, method)]
                     runs = [values for values in runs if quantity in values]
                     if len(runs) > 2:

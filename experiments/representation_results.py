@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,10 +94,11 @@ def read_raw(paths: Sequence[Path]) -> list[RawRun]:
             except ValueError as error:
                 raise ValueError(f"{name} cannot be read: {error} Leave it out.") from error
             known = runs.setdefault(run.config["name"], run)
-            if known.config != run.config:
+            # Facts tell two runs of one configuration apart: a GPU adds in another order each time.
+            if json.dumps(known.facts) != json.dumps(run.facts):  # where NaN equals NaN
                 raise ValueError(
                     f"Expected one run {run.config['name']}; {path} has another than a file before, with "
-                    "other settings or cells. Leave one of them out."
+                    "other settings, cells or results. Leave one of them out."
                 )
     if not runs:
         raise FileNotFoundError(

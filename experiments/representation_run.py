@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def train_piece(
 ) -> bool:
     """A piece of a run, from its checkpoint if there is one; the last piece writes the run's file.
 
-    SIGTERM ends the piece like its time. Signals are handled on the main thread, so call it there.
+    SIGTERM ends the piece like its time; a run that has ended by then still writes its file. Signals are
+    handled on the main thread, so call it there.
 
     Args:
         config: The run.
@@ -74,25 +76,27 @@ def train_piece(
     )
     is_final = config.purpose == "final"
     arrays: Arrays = {}
-    with training_of(config, pool, device) as training, sigterm_stops(training):
-        if is_final and config.seed % NUM_SEEDS < UNTRAINED_SEEDS:
-            arrays |= _embeddings(training, judged, "untrained")
-        if paths.checkpoint.exists():
-            training.load(paths.checkpoint)
-        if not training.run(deadline):
-            training.save(paths.checkpoint)
-            return False
-    training.take_best()
-    facts = {**_facts(training), **provenance(device)}
-    arrays |= _kept_records(training.table.arrays())
-    if is_final:
-        losses, counts = training.cell_losses(judged)
-        facts["held_out_loss"] = float(losses.sum() / counts.sum())
-        facts |= {"split": data.split.rule, "source": data.cells.source, "is_control": data.is_control}
-        arrays |= _embeddings(training, judged, "embeddings") | held_out_names(data)
-        arrays |= {"losses": losses.astype(np.float32), "hidden": counts.astype(np.uint16)}
-    write_run(paths.records, facts, arrays)
-    paths.checkpoint.unlink(missing_ok=True)
+    with ExitStack() as signals:
+        with training_of(config, pool, device) as training:
+            signals.enter_context(sigterm_stops(training))
+            if is_final and config.seed % NUM_SEEDS < UNTRAINED_SEEDS:
+                arrays |= _embeddings(training, judged, "untrained")
+            if paths.checkpoint.exists():
+                training.load(paths.checkpoint)
+            if not training.run(deadline):
+                training.save(paths.checkpoint)
+                return False
+        training.take_best()
+        facts = {**_facts(training), **provenance(device)}
+        arrays |= _kept_records(training.table.arrays())
+        if is_final:
+            losses, counts = training.cell_losses(judged)
+            facts["held_out_loss"] = float(losses.sum() / counts.sum())
+            facts |= {"split": data.split.rule, "source": data.cells.source, "is_control": data.is_control}
+            arrays |= _embeddings(training, judged, "embeddings") | held_out_names(data)
+            arrays |= {"losses": losses.astype(np.float32), "hidden": counts.astype(np.uint16)}
+        write_run(paths.records, facts, arrays)
+        paths.checkpoint.unlink(missing_ok=True)
     return True
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -27,8 +27,9 @@ class Scope:
             plan, or those at hand where these are others.
         missing: Of the family, those without a seed that both mechanisms have.
         unlearned: Those where one mechanism's mean validation loss is not below that without attention:
-            nothing follows from them.
-        at_budget: Those where more than half of the final runs ended by steps and not by patience.
+            nothing follows from them; controls among them.
+        at_budget: Those where more than half of the final runs ended by steps and not by patience, controls
+            among them.
 
     Runs of seeds that one mechanism lacks do not count, and decide none of this.
     """
@@ -41,20 +42,26 @@ class Scope:
 
     def remark(self, dataset: str) -> str:
         """What stands behind a data set's name, empty where there is nothing to say."""
-        if dataset in self.controls:
-            return " (control)"
+        parts = ["control"] if dataset in self.controls else []
         if dataset in self.unlearned:
-            return " (attention learned nothing here)"
-        return " (at this budget)" if dataset in self.at_budget else ""
+            parts.append("attention learned nothing here")
+        elif dataset in self.at_budget:
+            parts.append("at this budget")
+        return f" ({', '.join(parts)})" if parts else ""
+
+    def controls_last(self, datasets: Iterable[str]) -> list[str]:
+        """Each data set once, in their order but for the controls behind all others."""
+        return sorted(dict.fromkeys(datasets), key=lambda name: name in self.controls)
 
     def remarks(self) -> str:
-        """In words, empty where there is nothing to say."""
+        """In words, empty where there is nothing to say; of controls no sentence tells."""
         parts = {
             "Missing": self.missing,
             "Not counted, as attention learned nothing there": self.unlearned,
             "At this budget of steps only": self.at_budget,
         }
-        return "".join(f" {what}: {', '.join(names)}." for what, names in parts.items() if names)
+        told = {what: [name for name in names if name not in self.controls] for what, names in parts.items()}
+        return "".join(f" {what}: {', '.join(names)}." for what, names in told.items() if names)
 
 
 def scope_of(runs: Sequence[RawRun]) -> Scope:
@@ -69,9 +76,9 @@ def scope_of(runs: Sequence[RawRun]) -> Scope:
     controls = frozenset(run.config["dataset"] for run in runs if run.facts.get("is_control"))
     finals: dict[str, list[RawRun]] = {}
     for run in _final(runs):
-        if run.config["dataset"] not in controls:
-            finals.setdefault(run.config["dataset"], []).append(run)
-    planned = PLANNED if finals.keys() <= set(PLANNED) else tuple(finals)
+        finals.setdefault(run.config["dataset"], []).append(run)
+    family = tuple(name for name in finals if name not in controls)
+    planned = PLANNED if set(family) <= set(PLANNED) else family
     paired = {name: _of_both(found) for name, found in finals.items()}
     return Scope(
         controls,

@@ -78,20 +78,20 @@ def markdown(
     for metric, meaning in METRICS.items():
         parts.append(f"* `{metric}`: {meaning}")
     parts.append("")
-    parts += _table(["data set", "method", *METRICS], _metric_rows(judged))
+    parts += _table(["data set", "method", *METRICS], _metric_rows(judged, scope))
     parts += ["", "## Learning rates", ""]
     parts += _table(
         ["data set", "mechanism", "mean of lowest validation losses at each rate (seeds)", "chosen"],
         (
             [
-                row["dataset"], row["mechanism"],
+                row["dataset"] + _control(row["dataset"], scope), row["mechanism"],
                 ", ".join(
                     f"{rate:g}: {np.mean(losses):.4f} ({len(losses)})"
                     for rate, losses in row["validation_losses"].items()
                 ),
                 "none" if row["chosen"] is None else f"{row['chosen']:g}" + ", an edge" * row["is_edge"],
             ]
-            for row in selections(runs)
+            for row in sorted(selections(runs), key=lambda row: row["dataset"] in scope.controls)
         ),
     )  # fmt: skip
     parts += ["", "## Training", "", "Medians of the final runs.", ""]
@@ -103,10 +103,13 @@ def markdown(
     parts += _table(
         ["data set", "mechanism", "runs", "median steps", "kept step", "ended by patience",
          "by steps", "diverged", "padding", "common genes", "without attention", "model"],
-        _training_rows(runs),
+        _training_rows(runs, scope),
     )  # fmt: skip
     parts += ["", "## Attention and outcome", ""]
-    parts += ["Rank correlations within data sets, exploratory (95 % intervals, not corrected).", ""]
+    parts += [
+        "Rank correlations within data sets, exploratory (95 % intervals, not corrected); no controls.",
+        "",
+    ]
     parts += _table(
         ["mechanism", "quantity", "outcome", "correlation", "interval", "runs"],
         (
@@ -114,7 +117,7 @@ def markdown(
                 row["method"], f"`{row['quantity']}`", row["outcome"], f"{row['correlation']:+.2f}",
                 f"{row['low']:+.2f} to {row['high']:+.2f}", str(row["runs"]),
             ]
-            for row in attention_relations(judged)
+            for row in attention_relations(judged, scope)
         ),
     )  # fmt: skip
     return "\n".join(parts) + "\n"
@@ -130,8 +133,12 @@ def _cell_interval(interval: CellInterval) -> str:
     return f"{interval.low:+.4f} to {interval.high:+.4f} ({interval.count} {interval.unit})"
 
 
-def _metric_rows(judged: Sequence[Judged]) -> Iterable[list[str]]:
-    for dataset in dict.fromkeys(each.dataset for each in judged):
+def _control(dataset: str, scope: Scope) -> str:
+    return " (control)" if dataset in scope.controls else ""
+
+
+def _metric_rows(judged: Sequence[Judged], scope: Scope) -> Iterable[list[str]]:
+    for dataset in scope.controls_last(each.dataset for each in judged):
         of_dataset = [each for each in judged if each.dataset == dataset]
         softmax, sigmoid = (
             {each.seed for each in of_dataset if each.method == method} for method in ("softmax", "sigmoid")
@@ -147,20 +154,25 @@ def _metric_rows(judged: Sequence[Judged]) -> Iterable[list[str]]:
                 values = np.array([each[metric] for each in found])
                 spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
                 cells.append(f"{values.mean():.3f}{spread}")
-            yield [dataset, method, *cells]
+            # What is said of final runs is not said of those without training.
+            remark = scope.remark(dataset) if method in ("softmax", "sigmoid") else _control(dataset, scope)
+            yield [dataset + remark, method, *cells]
 
 
-def _training_rows(runs: Sequence[RawRun]) -> Iterable[list[str]]:
+def _training_rows(runs: Sequence[RawRun], scope: Scope) -> Iterable[list[str]]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
         if run.config["purpose"] == "final":
             groups.setdefault((run.config["dataset"], run.config["mechanism"]), []).append(run.facts)
-    for (dataset, mechanism), facts in groups.items():
+    controls_last = sorted(groups, key=lambda group: group[0] in scope.controls)
+    for dataset, mechanism in controls_last:
+        facts = groups[dataset, mechanism]
         medians = {name: float(np.median([each[name] for each in facts])) for name in _MEDIANS}
         patient = sum(each["is_stopped_by_patience"] for each in facts)
         diverged = sum(each["is_diverged"] for each in facts)
         yield [
-            dataset, mechanism, str(len(facts)), f"{medians['steps']:g}", f"{medians['best_step']:g}",
+            dataset + scope.remark(dataset), mechanism, str(len(facts)),
+            f"{medians['steps']:g}", f"{medians['best_step']:g}",
             str(patient), str(len(facts) - patient - diverged), str(diverged), f"{medians['padding']:.0%}",
             *(f"{medians[name]:.3f}" for name in ("reference", "without_attention", "validation_loss")),
         ]  # fmt: skip

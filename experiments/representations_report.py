@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 {**row, "validation_losses": {f"{k:g}": v for k, v in row["validation_losses"].items()}}
                 for row in selections(runs)
             ],
-            "attention": attention_relations(judged),
+            "attention": attention_relations(judged, scope),
             "judged": [asdict(each) for each in judged],
             "runs": [{key: value for key, value in run.facts.items() if key != "versions"} for run in runs],
         },

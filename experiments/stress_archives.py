@@ -64,7 +64,9 @@ class Archives:
         self._sizes[index] += size
         self._write(index)
         self._steps[records.name] = steps
-        self.carried.write_text(json.dumps(self._steps))
+        temporary = self.carried.with_suffix(".partial")
+        temporary.write_text(json.dumps(self._steps))
+        os.replace(temporary, self.carried)  # half of it would stop every call to come
 
     def _path(self, index: int) -> Path:
         return self.out / f"runs-{self.stamp}-{index}.zip"

@@ -66,13 +66,24 @@ def test_correlations_are_within_data_sets():
         for dataset, offset in (("gut", 0.0), ("blood", 100.0))
         for seed in range(5)
     ]
-    row = next(row for row in attention_relations(runs) if row["outcome"] == "silhouette")
+    row = next(row for row in attention_relations(runs, SCOPE) if row["outcome"] == "silhouette")
     assert (row["quantity"], row["runs"]) == ("attention/entropy", 10)
     assert row["correlation"] == pytest.approx(-1.0)
 
 
 def test_constant_statistics_have_no_correlation():
     runs = [judged("gut", "sigmoid", seed, **{"attention/row_sum": 1.0}) for seed in range(5)]
-    rows = attention_relations(runs)
+    rows = attention_relations(runs, SCOPE)
     assert rows
     assert all(np.isnan(row["correlation"]) for row in rows)
+
+
+def test_controls_are_in_no_correlation():
+    """They stand apart in every table."""
+    runs = [
+        judged(dataset, "softmax", seed, silhouette=sign * seed, **{"attention/entropy": 1.0 * seed})
+        for dataset, sign in (("gut", 1), ("lines", -1))
+        for seed in range(5)
+    ]
+    row = next(row for row in attention_relations(runs, SCOPE) if row["outcome"] == "silhouette")
+    assert (row["runs"], row["correlation"]) == (5, pytest.approx(1.0))

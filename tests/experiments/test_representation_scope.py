@@ -115,3 +115,15 @@ def test_ends_by_steps_count_and_divergence_is_neither():
     assert scope_of(patient + cut + pair(seed=2, is_stopped_by_patience=False)).at_budget == (GUT,)
     diverged = pair(seed=2, is_stopped_by_patience=False, is_diverged=True)
     assert scope_of(patient + cut + diverged).at_budget == ()
+
+
+def test_a_control_is_told_of_beside_its_name_and_in_no_sentence():
+    control = {"dataset": "lines", "is_control": True}
+    scope = scope_of([*pair(), *pair(**control, loss=9.0)])
+    assert scope.remark("lines") == " (control, attention learned nothing here)"
+    assert "lines" not in scope.remarks()
+    scope = scope_of([*pair(), *pair(**control, is_stopped_by_patience=False)])
+    assert scope.remark("lines") == " (control, at this budget)"
+    assert "lines" not in scope.remarks()
+    assert (scope.planned, "lines" in scope.missing) == (PLANNED, False)
+    assert scope.controls_last(["lines", GUT, "lines"]) == [GUT, "lines"]

@@ -37,6 +37,16 @@ def test_all_metrics_are_of_the_seeds_that_are_compared():
     assert "| blood | sigmoid" not in page
 
 
+def test_controls_are_named_and_come_last_in_the_table_of_all_metrics():
+    found = [judged(method, seed, 0.2, name) for name in ("a", "gut") for method in ("softmax", "sigmoid")
+             for seed in (1, 2)]  # fmt: skip
+    scope = Scope(frozenset({"a"}), ("gut",))
+    comparisons = {metric: [] for metric in (*METRICS, *LOSSES)}
+    page = markdown(found, [], comparisons, Everywhere(), scope)
+    rows = [line.split(" | ")[0] for line in page.split("## All metrics")[1].splitlines() if " | 0.2" in line]
+    assert rows == ["| gut", "| gut", "| a (control)", "| a (control)"]
+
+
 class Everywhere(dict):
     """An interval over cells for each metric and data set."""
 

@@ -134,6 +134,24 @@ def test_sigterm_ends_a_piece_with_its_checkpoint(prepared, work, tmp_path, monk
         assert np.array_equal(pieces["embeddings"], whole["embeddings"])
 
 
+def test_sigterm_after_the_last_step_does_not_cost_the_run(prepared, tmp_path, monkeypatch):
+    """Minutes of training, and no checkpoint of them is there by then."""
+    take_best = PatientTraining.take_best
+
+    def told(training):
+        signal.raise_signal(signal.SIGTERM)
+        take_best(training)
+
+    monkeypatch.setattr(PatientTraining, "take_best", told)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the process would have ended"))
+    try:
+        finished, path = train(prepared, tmp_path, "sigmoid")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert finished
+    assert path.exists()
+
+
 def test_another_machine_repeats_nothing(prepared, work, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(work, first)
@@ -218,6 +236,18 @@ def test_a_file_that_cannot_be_reported_is_named(tmp_path, capsys, name, message
 def test_two_runs_of_one_name_that_differ_are_not_mixed(work, tmp_path, capsys):
     name = f"tiny-{NAME}-softmax-seed0.npz"
     changed(work / name, tmp_path / name, learning_rate=1e-3)
+    assert report([str(work), str(tmp_path), "--out", str(tmp_path / "report")]) == 2
+    assert f"Expected one run {name[:-4]};" in capsys.readouterr().err
+
+
+def test_a_run_that_was_made_twice_is_not_chosen_from(work, tmp_path, capsys):
+    """A run that a lease cut and another made anew has the same configuration, and other results."""
+    name = f"tiny-{NAME}-softmax-seed0.npz"
+    with np.load(work / name) as content:
+        arrays = dict(content)
+    facts = json.loads(str(arrays.pop("facts")))
+    facts["validation_loss"] += 0.1
+    representations.write_run(tmp_path / name, facts, arrays)
     assert report([str(work), str(tmp_path), "--out", str(tmp_path / "report")]) == 2
     assert f"Expected one run {name[:-4]};" in capsys.readouterr().err
 

@@ -73,3 +73,21 @@ def test_a_full_call_fits_a_transfer():
     assert stress_archives.MOST_ARCHIVES * stress_archives.ARCHIVE_BYTES <= 60 * 2**20
     assert stress_archives.ARCHIVE_BYTES < 16 * 2**20
     assert stress_archives.MOST_ARCHIVES + len(["ledger.md", "ledger.json", "gradient_norms.png", "log"]) <= 8
+
+
+def test_a_call_that_is_killed_while_it_remembers_stops_no_other(tmp_path, archives, monkeypatch):
+    """SIGKILL may come between any two bytes: what was remembered before must stay whole."""
+    archives.add(file(tmp_path, "a", 100), steps=10)
+
+    def half(path, text):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(KeyboardInterrupt):
+            archives.add(file(tmp_path, "b", 100), steps=10)
+    after = Archives(tmp_path, "later", tmp_path / "carried.json")
+    for name in "ab":
+        after.add(tmp_path / f"{name}.npz", steps=10)
+    assert contents(after) == [["b"]]  # twice rather than never
