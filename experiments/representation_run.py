@@ -76,7 +76,7 @@ def train_piece(
     )
     is_final = config.purpose == "final"
     arrays: Arrays = {}
-    with ExitStack() as signals:
+    with ExitStack() as signals:  # which outlast the training, until its file is written
         with training_of(config, pool, device) as training:
             signals.enter_context(sigterm_stops(training))
             if is_final and config.seed % NUM_SEEDS < UNTRAINED_SEEDS:

@@ -23,7 +23,7 @@ All gradient norms are of the whole model: single layers can grow by orders with
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,11 +37,10 @@ from experiments.run_records import RecordedRun
 from experiments.stress_ledger import read_runs
 from experiments.sustained_explosion import (
     BASELINE,
-    COLLAPSED_ENTROPY,
     LEAST_GAIN,
-    SATURATED_SHARE,
     gain_of,
-    no_nan,
+    layer_collapses,
+    nan_as_infinite,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +56,7 @@ _MEDIAN_STEPS = 50
 _FREE = ("name", "seed", "mechanism", "steps")
 
 FloatArray = NDArray[np.float64]
+Steps = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,10 @@ class SeedSummary:
 def seeds_of(runs: dict[str, RecordedRun], name: str) -> dict[str, RecordedRun]:
     """The runs that differ from one in name, seed, mechanism and length alone, and that one.
 
+    Args:
+        runs: By name.
+        name: Of one of them.
+
     Raises:
         ValueError: There is no such run.
     """
@@ -106,7 +110,7 @@ def summarise(run: RecordedRun) -> SeedSummary:
     Args:
         run: Gradient norms of every step from the first.
     """
-    norms = no_nan(run.values("grad_norm"))
+    norms = nan_as_infinite(run.values("grad_norm"))
     calm = calm_from = grows_from = late = largest = None
     if len(norms) >= BASELINE.stop + CALM_STEPS:
         starts = range(BASELINE.stop, len(norms) - CALM_STEPS + 1, _MEDIAN_STEPS)
@@ -137,20 +141,20 @@ def summarise(run: RecordedRun) -> SeedSummary:
     )
 
 
-def collapsed_layers(run: RecordedRun) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Steps, and how many attention layers are collapsed."""
-    if run.facts["config"]["mechanism"] == "softmax":
-        return _count(run, "attention/entropy", ".attention", lambda values: values < COLLAPSED_ENTROPY)
-    return _count(run, "attention/saturated_share", ".attention", lambda values: values > SATURATED_SHARE)
+def collapsed_layers(run: RecordedRun) -> tuple[Steps, NDArray[np.int64]]:
+    """Steps of the measurements, and how many attention layers are collapsed at each; empty without any."""
+    return _count(layer_collapses(run))
 
 
-def frozen_mlps(run: RecordedRun) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Steps, and how many MLPs' first layers Adam does not move."""
-    return _count(run, "adam_update_rms", ".mlp.hidden", lambda values: values < FROZEN)
+def frozen_mlps(run: RecordedRun) -> tuple[Steps, NDArray[np.int64]]:
+    """Steps of the measurements, and how many MLPs' first layers Adam does not move; empty without any."""
+    layers = [layer for layer in run.layers("adam_update_rms") if layer.endswith(".mlp.hidden")]
+    sizes = [run.over_steps("adam_update_rms", layer) for layer in layers]
+    return _count([(steps, values < FROZEN) for steps, values in sizes])
 
 
 def markdown_table(runs: dict[str, RecordedRun]) -> str:
-    """One line a run."""
+    """One line a run: what `summarise` finds, as Markdown."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for name, run in runs.items():
         row = summarise(run)
@@ -234,13 +238,11 @@ def _running_medians(norms: FloatArray) -> FloatArray:
     return np.asarray(np.median(windows, axis=1), dtype=np.float64)
 
 
-def _count(
-    run: RecordedRun, quantity: str, ending: str, is_so: Callable[[NDArray[np.float32]], NDArray[np.bool_]]
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    columns = [run.over_steps(quantity, layer) for layer in run.layers(quantity) if layer.endswith(ending)]
-    if not columns:
+def _count(layers: Sequence[tuple[Steps, NDArray[np.bool_]]]) -> tuple[Steps, NDArray[np.int64]]:
+    """All layers are measured at the same steps."""
+    if not layers:
         return np.empty(0, np.int32), np.empty(0, np.int64)
-    return columns[0][0], np.sum([is_so(values) for _, values in columns], axis=0)
+    return layers[0][0], np.sum([is_so for _, is_so in layers], axis=0)
 
 
 def _short(value: float | None, form: str) -> str:

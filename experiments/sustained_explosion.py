@@ -115,10 +115,10 @@ def judge_long_run(run: RecordedRun) -> LongJudgement:
     baseline = _median(norms)
     has_baseline = baseline is not None and _is_healthy_past(norms, losses, baseline)
     first_steps = peak = sustained = None
-    later = no_nan(norms[BASELINE.stop :])
+    later = nan_as_infinite(norms[BASELINE.stop :])
     begins: int | None = None
     if baseline is not None:
-        first_steps = _orders(no_nan(norms[: BASELINE.start]).max(), baseline)
+        first_steps = _orders(nan_as_infinite(norms[: BASELINE.start]).max(), baseline)
         if len(later) >= SUSTAINED_STEPS:
             peak = _orders(later.max(), baseline)
             sustained = _orders(_sustained(later).max(), baseline)
@@ -179,8 +179,8 @@ def _is_healthy_past(norms: FloatArray, losses: FloatArray, median: float) -> bo
     return bool(is_finite and is_calm and has_begun_to_learn)
 
 
-def no_nan(norms: FloatArray) -> FloatArray:
-    """The same with infinity for what is no finite number."""
+def nan_as_infinite(norms: FloatArray) -> FloatArray:
+    """The same with infinity for whatever is no finite number: it is as large as an explosion can be."""
     return np.where(np.isfinite(norms), norms, np.inf)
 
 
@@ -216,7 +216,7 @@ def _first_layer(run: RecordedRun, sustained: float | None) -> tuple[str | None,
         norms = run.values("grad_norm", layer)
         if len(norms) < num_steps:
             continue  # thinned: its positions are no steps
-        later = no_nan(norms[BASELINE.stop :])
+        later = nan_as_infinite(norms[BASELINE.stop :])
         median = float(np.median(norms[BASELINE]))
         if median > 0 and (begins := _first_step(later, factor * median)) is not None:
             excess = later[begins - BASELINE.stop :][:SUSTAINED_STEPS].min() / median
@@ -241,14 +241,20 @@ def _signals(run: RecordedRun, layer: str | None, step: int) -> dict[str, float]
     return signals
 
 
-def _collapsed_layers(run: RecordedRun) -> float | None:
+def layer_collapses(run: RecordedRun) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+    """Of each attention layer the steps of its measurements, and whether it was collapsed at each."""
     is_softmax = run.facts["config"]["mechanism"] == "softmax"
     quantity = "attention/entropy" if is_softmax else "attention/saturated_share"
-    last = [run.values(quantity, layer)[-1] for layer in run.layers(quantity)]
-    if not last:
-        return None
-    collapsed = [value < COLLAPSED_ENTROPY if is_softmax else value > SATURATED_SHARE for value in last]
-    return float(np.mean(collapsed))
+    measured = [run.over_steps(quantity, layer) for layer in run.layers(quantity)]
+    return [
+        (steps, values < COLLAPSED_ENTROPY if is_softmax else values > SATURATED_SHARE)
+        for steps, values in measured
+    ]
+
+
+def _collapsed_layers(run: RecordedRun) -> float | None:
+    last = [is_collapsed[-1] for _, is_collapsed in layer_collapses(run)]
+    return float(np.mean(last)) if last else None
 
 
 def _query_gradient(run: RecordedRun) -> float | None:

@@ -77,17 +77,14 @@ class FrozenLayerDetector:
             self._num_frozen[layer] = self._num_frozen.get(layer, 0) + 1 if size < self._limit else 0
             is_alive = size > _ALIVE * self._limit
             self._num_alive[layer] = self._num_alive.get(layer, 0) + 1 if is_alive else 0
-        frozen = [layer for layer, number in self._num_frozen.items() if number >= self._num_records]
+        frozen = {layer for layer, number in self._num_frozen.items() if number >= self._num_records}
         # Of this record's layers: one that is trained no longer was alive when it was seen last.
         is_any_alive = max(self._num_alive[layer] for layer in sizes) >= self._num_records
         if not frozen:
             self._told.clear()
         # In the order of this record: a layer whose first gradients were zero came to be known after others.
-        joined = [
-            layer
-            for layer in sizes
-            if is_any_alive and self._num_frozen[layer] >= self._num_records and layer not in self._told
-        ]
+        news = frozen - self._told if is_any_alive else set()
+        joined = [layer for layer in sizes if layer in news]
         self._told.update(joined)
         return [self._alert(step, joined, len(frozen))] if joined else []
 

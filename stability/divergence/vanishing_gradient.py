@@ -193,5 +193,5 @@ class VanishingGradientDetector:
 
 def _begins_with_zero(track: Track) -> bool:
     """Whether a gradient of zero is known to have been zero since its onset: it may have fallen first."""
-    since_onset = [norm for step, norm in track.recent if step >= (track.onset or 0)]
-    return track.recent[-len(since_onset)][0] == track.onset and not any(since_onset)
+    since_onset = [(step, norm) for step, norm in track.recent if step >= (track.onset or 0)]
+    return since_onset[:1] == [(track.onset, 0.0)] and not any(norm for _, norm in since_onset)
