@@ -1,17 +1,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 
+from experiments.cell_transformer import MECHANISMS
 from experiments.embedding_metrics import embedding_metrics
 from experiments.representation_results import RawRun, read_raw
 from experiments.run_records import RecordedRun
-from experiments.thin_representations import main, on_principal_axes, write_thinned
+from experiments.thin_representations import main, of_whole_seeds, on_principal_axes, write_thinned
 from probes.record import Series
 
-FACTS = {"config": {"name": "gut-softmax-seed10", "dataset": "gut", "purpose": "final"}, "best_step": 2}
+
+def facts(dataset="gut", mechanism="softmax", seed=10, purpose="final"):
+    config = {"dataset": dataset, "mechanism": mechanism, "seed": seed, "purpose": purpose}
+    return {"config": {"name": f"{dataset}-{mechanism}-{purpose}-seed{seed}", **config}, "best_step": 2}
+
+
+FACTS = facts(purpose="selection")
 
 
 def run(cells=81, dimensions=12) -> RawRun:
@@ -74,3 +82,27 @@ def test_a_file_that_is_no_run(tmp_path, capsys):
     (tmp_path / "run.npz").write_bytes(b"PK")
     assert main([str(tmp_path / "run.npz"), "--out", str(tmp_path / "thin.zip")]) == 2
     assert "thin_representations: " in capsys.readouterr().err
+
+
+def test_seeds_count_as_a_whole():
+    whole = [facts(*each) for each in product("ab", MECHANISMS, (10, 11, 12))]
+    others = [facts("a", "pca", None, "baseline"), facts("b", seed=1000, purpose="selection")]
+    runs = [RawRun(each, RecordedRun(each, [], {}), {}) for each in others + whole]
+    assert of_whole_seeds(runs) == runs
+    cut = [each for each in runs if each.config["name"] != "b-sigmoid-final-seed11"]
+    kept = of_whole_seeds(cut)
+    assert {each.config["seed"] for each in kept} == {None, 1000, 10}  # none of the seeds after it either
+    assert len(kept) == 2 + 4
+
+
+def test_a_data_set_without_any_run_of_a_mechanism_leaves_no_seed():
+    made = [facts("a"), facts("a", "sigmoid"), facts("b", "pca", None, "baseline")]
+    runs = [RawRun(each, RecordedRun(each, [], {}), {}) for each in made]
+    assert of_whole_seeds(runs) == runs[2:]
+
+
+def test_what_is_left_out_is_told(tmp_path, capsys):
+    single = replace(run(), facts=facts())
+    (tmp_path / "run.npz").write_bytes(write_thinned(single))
+    assert main([str(tmp_path / "run.npz"), "--out", str(tmp_path / "thin.zip")]) == 0
+    assert "Left out, as their seed is not whole: gut-softmax-final-seed10." in capsys.readouterr().out
