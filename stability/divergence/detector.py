@@ -62,6 +62,18 @@ class Alert:
         return f"step {self.step}: {self.severity} in {self.layer}{since}: {self.reason}"
 
 
+def alert_from(fields: Mapping[str, Any]) -> Alert:
+    """The alert of ``dataclasses.asdict``, also after JSON has made lists of its tuples."""
+    return Alert(
+        **{
+            **fields,
+            "evidence": tuple((step, value) for step, value in fields["evidence"]),
+            "spread": tuple(fields["spread"]),
+            "remedies": tuple(fields["remedies"]),
+        }
+    )
+
+
 class Detector(Protocol):
     """Turns the numbers of one step after the other into alerts.
 

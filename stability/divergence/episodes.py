@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
-from stability.divergence.detector import ALL_LAYERS, Alert, Detector, Readings
+from stability.divergence.aftermath import Aftermath
+from stability.divergence.detector import ALL_LAYERS, Alert, Detector, Readings, alert_from
 
 # Of verdicts with the same onset the likeliest cause comes first: weights before what they compute, outputs
 # before the loss, the loss before the gradients that come back from it.
@@ -81,7 +82,8 @@ class EpisodeDetector:
     An episode opens with the first verdict: of several at that step the one with the earliest onset. Later
     verdicts are its consequences for as long as none is ``quiet_steps`` after the one before, and are not
     told one by one. Only a first verdict of divergence is told again, under the episode's layer and onset,
-    with what has followed since.
+    with what has followed since. A consequence that is still there when the episode is over, while what began
+    it is not, is told then: attention that collapsed in the wake of a gradient spike.
 
     Args:
         detectors: Whose verdicts are merged.
@@ -105,6 +107,7 @@ class EpisodeDetector:
         self._detectors = tuple(detectors)
         self._quiet_steps = quiet_steps
         self._episode: Episode | None = None
+        self._aftermath = Aftermath()
         self._last_step = 0
 
     @property
@@ -120,17 +123,21 @@ class EpisodeDetector:
     def update(self, step: int, readings: Readings) -> list[Alert]:
         """See :class:`~stability.divergence.Detector`."""
         alerts = [alert for detector in self._detectors for alert in detector.update(step, readings)]
+        self._aftermath.see(readings)
+        is_over = step - self._last_step > self._quiet_steps
+        stayed = self._aftermath.settle(step) if is_over else []
         if not alerts:
-            return []
+            return stayed
         alerts.sort(key=_by_onset_and_cause)
-        before = self._episode
-        if before is not None and step - self._last_step > self._quiet_steps:
-            before = None
+        before = None if is_over else self._episode
+        if before is None:
+            self._aftermath = Aftermath(alerts[0])
+        self._aftermath.take(alerts)
         self._last_step = step
         self._episode = (before or Episode(alerts[0])).followed_by(alerts)
         if before is not None and before.origin.severity == self._episode.origin.severity:
             return []
-        return [self._episode.as_alert(step)]
+        return [*stayed, self._episode.as_alert(step)]
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
@@ -138,6 +145,7 @@ class EpisodeDetector:
             "detectors": {name: detector.state_dict() for name, detector in self._named()},
             "last_step": self._last_step,
             "episode": [asdict(alert) for alert in self._alerts()],
+            "aftermath": self._aftermath.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -147,8 +155,11 @@ class EpisodeDetector:
             if name in saved:  # not one that has been added since
                 detector.load_state_dict(saved[name])
         self._last_step = state["last_step"]
-        alerts = [_alert_from(fields) for fields in state["episode"]]
+        alerts = [alert_from(fields) for fields in state["episode"]]
         self._episode = Episode(alerts[0], tuple(alerts[1:])) if alerts else None
+        self._aftermath = Aftermath()
+        if "aftermath" in state:  # not what an earlier version saved
+            self._aftermath.load_state_dict(state["aftermath"])
 
     def _named(self) -> Iterator[tuple[str, Detector]]:
         """Names for the state: a type, what it reads, and a number where that is not enough."""
@@ -167,15 +178,3 @@ def _by_onset_and_cause(alert: Alert) -> tuple[int, int]:
     is_weight = alert.kind == "non-finite" and alert.quantity == "weight_norm"
     cause = -1 if is_weight else _CAUSES.index(alert.kind) if alert.kind in _CAUSES else len(_CAUSES)
     return onset, cause
-
-
-def _alert_from(fields: dict[str, Any]) -> Alert:
-    """The alert of ``asdict``, also after JSON has made lists of its tuples."""
-    return Alert(
-        **{
-            **fields,
-            "evidence": tuple((step, value) for step, value in fields["evidence"]),
-            "spread": tuple(fields["spread"]),
-            "remedies": tuple(fields["remedies"]),
-        }
-    )

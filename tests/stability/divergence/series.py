@@ -1,4 +1,4 @@
-"""Readings of trainings that never were: a healthy one with noise, and what is done to it."""
+"""Readings of trainings that never were, healthy ones and others; detectors that say what they are told."""
 
 from __future__ import annotations
 
@@ -68,3 +68,19 @@ def scaled(quantity: str, layer: str, factor: Callable[[int], float]) -> Callabl
 def verdicts(detector: Detector, series: Iterable[tuple[int, Readings]]) -> list[Alert]:
     """Everything a detector says."""
     return [alert for step, readings in series for alert in detector.update(step, readings)]
+
+
+class Scripted:
+    """A detector that says what it is told to say, at that step."""
+
+    def __init__(self, *alerts: Alert) -> None:
+        self._alerts = alerts
+
+    def update(self, step: int, readings: Readings) -> list[Alert]:
+        return [alert for alert in self._alerts if alert.step == step]
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass

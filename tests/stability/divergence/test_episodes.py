@@ -7,25 +7,16 @@ from dataclasses import replace
 import pytest
 
 from stability.divergence import Alert, EpisodeDetector, default_detectors
-from stability.divergence.detector import Readings
 from stability.divergence.remedies import REMEDIES
-from tests.stability.divergence.series import LAYERS, Step, healthy, scaled, verdicts, with_fault
-
-
-class Scripted:
-    """A detector that says what it is told to say, at that step."""
-
-    def __init__(self, *alerts: Alert) -> None:
-        self._alerts = alerts
-
-    def update(self, step: int, readings: Readings) -> list[Alert]:
-        return [alert for alert in self._alerts if alert.step == step]
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        pass
+from tests.stability.divergence.series import (
+    LAYERS,
+    Scripted,
+    Step,
+    healthy,
+    scaled,
+    verdicts,
+    with_fault,
+)
 
 
 def alert(step: int, layer: str, kind: str, onset: int | None = None) -> Alert:
