@@ -123,6 +123,7 @@ class TensorBoardSink:
         self._peak = 0.0
         self._num_alerts = 0
         self._alert_room = max_megabytes * 10**5  # bytes
+        self._num_onsets = 0
         self._onsets: list[tuple[str, int]] = []
         self._num_steps = 0
         self._next_pictures = FIRST_PICTURES
@@ -145,6 +146,11 @@ class TensorBoardSink:
 
     def write(self, records: StepRecords) -> None:
         """See :class:`~probes.sinks.Sink`."""
+        # Not between two parts of a step: a file makes void what earlier ones hold from its first step on.
+        if records.step != self._last_step and self._files.thin_if_full():
+            self._draw()
+        if records.step < self._last_step:  # the training was taken back
+            self._onsets = [(layer, step) for layer, step in self._onsets if step < records.step]
         columns = self._columns_of(records.series)
         values, overview = records.values, columns.overview
         self._peak = max(self._peak, overview.grad_norm(values))
@@ -161,8 +167,6 @@ class TensorBoardSink:
                 b"".join(self._distribution(name, values[heads]) for name, heads in columns.heads),
             )
             self._files.append(event)
-            if self._files.thin_if_full():
-                self._draw()
         if self._num_steps >= self._next_pictures:
             self._next_pictures *= 2
             self._draw()
@@ -190,7 +194,8 @@ class TensorBoardSink:
         if self._alert_room < 0:
             return
         self._add(alert.step, told)
-        if len(self._onsets) < MAX_ONSETS:
+        if self._num_onsets < MAX_ONSETS:
+            self._num_onsets += 1
             self._onsets.append((alert.layer, alert.step if alert.onset_step is None else alert.onset_step))
             self._draw()
 

@@ -174,6 +174,14 @@ def test_reading_foreign_or_newer_json_lines(tmp_path: Path) -> None:
             probes.read(path)
 
 
+def test_json_lines_of_another_program_are_passed_over(tmp_path: Path) -> None:
+    write_three_steps(TensorBoardSink(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    assert probes.read(tmp_path)["grad_norm/a"].steps.tolist() == [0, 1, 2]
+    write_three_steps(JsonLinesSink(tmp_path / "run.jsonl"))
+    assert "attention/entropy/a/head_2" in probes.read(tmp_path)
+
+
 def test_memory_is_bounded_and_keeps_the_newest() -> None:
     sink = MemorySink(max_values=5)
     for step in range(10):
