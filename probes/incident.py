@@ -67,6 +67,9 @@ class IncidentWriter:
 
     def note_checkpoint(self, step: int) -> None:
         """Remembers the random number generators as they are, right before ``step``."""
+        if self._episode is not None and step <= self._episode[0]:  # the training goes back to before it
+            self._episode = None
+        self._last_step = min(self._last_step, step - 1)
         self._checkpoint = {"step": step, "states": rng_states.rng_states()}
 
     def note_batch(self, step: int, indices: np.ndarray) -> None:
@@ -225,6 +228,10 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             return None
 
+    try:
+        directory = str(Path.cwd())
+    except OSError:
+        directory = "(deleted)"
     in_use = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return {
         "stability-probes": version("stability-probes"),
@@ -235,7 +242,7 @@ def environment() -> dict[str, Any]:
         "CUDA": torch.version.cuda,
         "GPU": [torch.cuda.get_device_name(index) for index in in_use],
         "OS": platform.platform(),
-        "directory": str(Path.cwd()),
+        "directory": directory,
         "command": shlex.join(sys.orig_argv),
     }
 

@@ -133,10 +133,14 @@ class TensorBoardSink:
             self._files = EventFiles(self.log_dir, max_megabytes * 10**6)
             self.last_earlier_step = self._files.last_step
             if configuration:
-                self._add(0, summary.text("run", _table(configuration)))
+                self._add(0, summary.text("run", _encodable(_table(configuration))))
             self._end: Summary | None = None
             if hparams:
-                *begin, self._end = summary.hparams(dict(hparams), {PEAK_TAG: 0.0})
+                named = {
+                    _encodable(name): _encodable(value) if isinstance(value, str) else value
+                    for name, value in hparams.items()
+                }
+                *begin, self._end = summary.hparams(named, {PEAK_TAG: 0.0})
                 for part in begin:
                     self._add(0, part)
         except OSError as error:
@@ -186,10 +190,10 @@ class TensorBoardSink:
         # The page leaves comments out; probes.read finds the alert there. Two hyphens would end it.
         fields = to_json(dataclasses.asdict(alert)).replace("--", "-\\u002d")
         lines.append(f"<!-- {fields} -->")
-        told = self._summaries.text("alerts", "\n\n".join(lines))
+        told = self._summaries.text("alerts", _encodable("\n\n".join(lines)))
         # After the text: an event that begins with a scalar is a step's, and thinned.
         marker, value = alert_marker(alert)
-        told.value.add(tag=marker.tag.translate(_WITHOUT_PARENTHESES), simple_value=value)
+        told.value.add(tag=_encodable(marker.tag.translate(_WITHOUT_PARENTHESES)), simple_value=value)
         self._alert_room -= told.ByteSize()
         if self._alert_room < 0:
             return
@@ -304,6 +308,11 @@ def check_hparams(hparams: Mapping[str, HParam]) -> None:
             raise TypeError(
                 f"`hparams` must map names to numbers, texts or truth values; got {name!r}: {value!r}."
             )
+
+
+def _encodable(text: str) -> str:
+    """The text without what UTF-8 cannot hold, such as a byte of a file's name."""
+    return text.encode(errors="replace").decode()
 
 
 def _table(rows: Mapping[str, object]) -> str:

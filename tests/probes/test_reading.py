@@ -103,6 +103,14 @@ def test_a_json_lines_file_killed_at_its_first_line_is_begun_anew(tmp_path: Path
     assert probes.read(path)["grad_norm/a"].steps.tolist() == [0, 1, 2]
 
 
+def test_a_file_of_another_program_is_not_emptied(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text('{"lr": 0.1}')
+    with pytest.raises(OSError, match="it holds something else.*Choose a writable path"):
+        JsonLinesSink(path)
+    assert path.read_text() == '{"lr": 0.1}'
+
+
 def test_half_a_line_is_ended_by_the_next_process(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     write_three_steps(JsonLinesSink(path))

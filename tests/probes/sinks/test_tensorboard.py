@@ -118,6 +118,16 @@ def test_markers_of_alerts_have_no_parentheses(tmp_path: Path) -> None:
     assert [a.layer for a in probes.read(tmp_path).alerts] == ["blocks.1", ALL_LAYERS]
 
 
+def test_texts_that_utf_8_cannot_hold(tmp_path: Path) -> None:
+    """As the command line of a script that was given a file of another encoding."""
+    name = "caf\udce9"
+    sink = TensorBoardSink(tmp_path, configuration={"command": name}, hparams={name: name})
+    sink.write(step_records(0))
+    sink.write_alert(replace(alert(0), layer=name))
+    sink.close()
+    assert probes.read(tmp_path).alerts == [replace(alert(0), layer=name)]
+
+
 def test_hparams_sort_by_the_peak_gradient_norm(tmp_path: Path) -> None:
     from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data
     from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data as parse_start
