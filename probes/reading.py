@@ -246,5 +246,7 @@ def _read_events(path: Path) -> Recorded:
                     recorded.values[value.tag][event.step] = value.simple_value
             elif value.tag.startswith("alerts/"):
                 for text in value.tensor.string_val:
-                    recorded.alerts += [_alert(_parse(found)) for found in _ALERT.findall(text.decode())]
+                    # The last, in case a layer's name holds the like.
+                    found = _ALERT.findall(text.decode())[-1:]
+                    recorded.alerts += [_alert(_parse(fields)) for fields in found]
     return recorded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,16 @@ def test_a_second_run_continues_a_json_lines_file(tmp_path: Path) -> None:
 def test_alerts_come_back_in_full(tmp_path: Path, sink_type: type) -> None:
     write_three_steps(sink_type(tmp_path / "run.jsonl" if sink_type is JsonLinesSink else tmp_path))
     assert probes.read(tmp_path).alerts == [ALERT]
+
+
+@pytest.mark.parametrize("sink_type", [JsonLinesSink, TensorBoardSink])
+def test_alerts_of_layers_with_odd_names_come_back(tmp_path: Path, sink_type: type) -> None:
+    alerts = [replace(ALERT, layer=f"a\n{text}\n") for text in ("<!-- {} -->", "-->", "`</script>|*", "/")]
+    sink = sink_type(tmp_path / "run.jsonl" if sink_type is JsonLinesSink else tmp_path)
+    for alert in alerts:
+        sink.write_alert(alert)
+    sink.close()
+    assert probes.read(tmp_path).alerts == alerts
 
 
 def test_alerts_of_an_older_file_come_back(tmp_path: Path) -> None:
