@@ -34,6 +34,7 @@ NUM_BATCHES = 16
 
 _GRAVITY = {"warning": 1, "divergence": 2}
 _UNFINISHED = ".unfinished-"
+_KIND_BYTES = 150  # a folder's name may have 255
 
 
 class IncidentWriter:
@@ -276,4 +277,5 @@ def _saved(states: dict[str, Any]) -> bytes:
 
 
 def _file_name(kind: str) -> str:
-    return "".join(character if character.isalnum() or character in "-_" else "-" for character in kind)
+    name = "".join(character if character.isalnum() or character in "-_" else "-" for character in kind)
+    return name.encode()[:_KIND_BYTES].decode(errors="ignore")

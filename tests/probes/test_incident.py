@@ -362,3 +362,11 @@ def test_where_the_working_directory_is_gone_a_probe_is_attached(
     (tmp_path / "gone").rmdir()
     assert incident.environment()["directory"] == "(deleted)"
     probes.attach(nn.Linear(1, 1), log_dir=tmp_path).close()
+
+
+@pytest.mark.parametrize("kind", ["x" * 300, "日" * 100], ids=["letters", "wide letters"])
+def test_a_kind_of_ones_own_may_have_a_long_name(tmp_path: Path, kind: str) -> None:
+    alert = Alert(1, "0", "grad_norm", "warning", 2.0, 1.0, "it is large.", kind=kind)
+    train(tmp_path, 2, {}, detectors=[Spoken({1: alert})])
+    (folder,) = (tmp_path / "incidents").iterdir()
+    assert folder.name.startswith(f"step-000001-{kind[:50]}")
