@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from stability.divergence import Alert, EpisodeDetector, default_detectors
-from stability.divergence.aftermath import EVENTS
+from stability.divergence.detector import EVENTS
 from stability.divergence.remedies import REMEDIES
 from tests.stability.divergence.series import Scripted, Step, verdicts, with_fault
 
