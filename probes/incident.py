@@ -32,7 +32,6 @@ MAX_INCIDENTS = 8
 EPISODE_STEPS = 100
 NUM_BATCHES = 16
 
-_GRAVITY = {"warning": 1, "divergence": 2}
 _UNFINISHED = ".unfinished-"
 _KIND_BYTES = 150  # a folder's name may have 255
 
@@ -40,10 +39,10 @@ _KIND_BYTES = 150  # a folder's name may have 255
 class IncidentWriter:
     """Writes ``step-000118-gradient-explosion/`` and its like.
 
-    Alerts that follow each other within 100 steps are one episode: the first has a folder, and the first of
-    divergence after warnings. Eight warnings and eight divergences are written by one probe at most, so that
-    layers that die one by one leave room for what ends the training; the end itself may add one. A folder is
-    built under another name and renamed when it is complete.
+    Alerts that follow each other within 100 steps are one episode: the first has a folder, the first event (a
+    jump, a spike) after conditions, and the first of divergence after warnings. Of each of these three one
+    probe writes eight at most, so that layers that die one by one leave room for what ends the training; the
+    end itself may add one. A folder is built under another name and renamed when it is complete.
 
     Args:
         directory: Where the folders go; created with the first.
@@ -94,8 +93,8 @@ class IncidentWriter:
         self._episodes.update({_origin(episode.origin): episode for episode in episodes})
         if not alerts:
             return None
-        gravest = max(alerts, key=lambda alert: _GRAVITY[alert.severity])
-        gravity = _GRAVITY[gravest.severity]
+        gravest = max(alerts, key=_gravity)
+        gravity = _gravity(gravest)
         before = self._episode
         if before is not None and gravest.step - before[0] > EPISODE_STEPS:
             before = None
@@ -120,7 +119,8 @@ class IncidentWriter:
             return
         if error is None and self._last_step >= step - 1:
             return  # the last alert's report tells it all
-        gravest = max(self._alerts, key=lambda alert: _GRAVITY[alert.severity], default=None)
+        # The first: what came later is in its report.
+        gravest = max(self._alerts, key=lambda alert: alert.severity == "divergence", default=None)
         self._write("exit" if error is None else type(error).__name__, step, gravest, error, layers)
 
     def _write(
@@ -246,6 +246,11 @@ def environment() -> dict[str, Any]:
         "directory": directory,
         "command": shlex.join(sys.orig_argv),
     }
+
+
+def _gravity(alert: Alert) -> int:
+    """0 of a condition, 1 of an event, 2 of divergence."""
+    return 2 if alert.severity == "divergence" else int(alert.is_event)
 
 
 def _origin(alert: Alert) -> tuple[str, str, int | None]:

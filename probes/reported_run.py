@@ -86,6 +86,8 @@ def _read(path: Path) -> RecordedRun:
     try:
         return read(path)
     except FileNotFoundError as error:
+        if (path / "series.npz").exists():  # an incident folder: the message says what to give
+            raise
         below = sorted({str(found.parent) for found in _recorded_files(path)}) if path.is_dir() else []
         if not below:
             raise FileNotFoundError(f"{error} Give the `log_dir` of probes.attach.") from error

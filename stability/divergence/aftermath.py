@@ -9,8 +9,6 @@ from typing import Any
 
 from stability.divergence.detector import ALL_LAYERS, Alert, Readings, alert_from
 
-# What happens at a step, and is over. Every other kind is a condition that may outlive its episode.
-EVENTS = frozenset({"weight-jump", "initialisation", "non-finite", "loss-spike", "gradient-explosion"})
 _TINY = 1e-12  # a share, an entropy or a norm of zero has no logarithm
 
 
@@ -42,7 +40,7 @@ class Aftermath:
     def take(self, alerts: Sequence[Alert]) -> None:
         """Follows the conditions among further verdicts; of one that comes again, the first."""
         for alert in alerts:
-            if alert.kind not in EVENTS:
+            if not alert.is_event:
                 self._open.setdefault(_condition(alert), (alert, None))
 
     def see(self, readings: Readings) -> None:
@@ -69,8 +67,8 @@ class Aftermath:
             return []
         (first, value), *others = staying
         reason = (
-            f"{first.reason} It came at step {first.step}, after {_name(origin)} in "
-            f"{origin.layer} at step {origin.step}, and has stayed: {value:.3g} now."
+            f"{first.reason} It came at step {first.step}, after {origin.in_short}, and has stayed: "
+            f"{value:.3g} now."
         )
         if others:
             also = ", ".join(f"{_name(alert)} in {alert.layer} ({value:.3g})" for alert, value in others)

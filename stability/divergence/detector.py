@@ -15,6 +15,9 @@ Readings = Mapping[str, Mapping[str, float]]
 
 Severity = Literal["warning", "divergence"]
 
+# What happens at a step, and is over. Every other kind is a condition, which may last.
+EVENTS = frozenset({"weight-jump", "initialisation", "non-finite", "loss-spike", "gradient-explosion"})
+
 
 @dataclass(frozen=True)
 class Alert:
@@ -56,6 +59,16 @@ class Alert:
     spread: tuple[str, ...] = ()
     remedies: tuple[str, ...] = ()
     rank: int | None = None
+
+    @property
+    def is_event(self) -> bool:
+        """Whether it tells of what happened (a jump, a spike) rather than of what a layer is like since."""
+        return self.kind in EVENTS
+
+    @property
+    def in_short(self) -> str:
+        """What, where and when, for a list of others."""
+        return f"{self.kind or self.quantity} in {self.layer} at step {self.step}"
 
     def __str__(self) -> str:
         since = "" if self.onset_step in (None, self.step) else f", since step {self.onset_step}"

@@ -71,8 +71,7 @@ class Episode(NamedTuple):
         """The origin, told at a step with what has followed until then."""
         reason = self.origin.reason
         if self.consequences:
-            followed = (f"{a.kind or a.quantity} in {a.layer} at step {a.step}" for a in self.consequences)
-            reason += f" What followed: {', '.join(followed)}."
+            reason += f" What followed: {', '.join(alert.in_short for alert in self.consequences)}."
         return replace(self.origin, step=step, reason=reason, spread=self.spread)
 
 
@@ -81,9 +80,11 @@ class EpisodeDetector:
 
     An episode opens with the first verdict: of several at that step the one with the earliest onset. Later
     verdicts are its consequences for as long as none is ``quiet_steps`` after the one before, and are not
-    told one by one. Only a first verdict of divergence is told again, under the episode's layer and onset,
-    with what has followed since. A consequence that is still there when the episode is over, while what began
-    it is not, is told then: attention that collapsed in the wake of a gradient spike.
+    told one by one. Only what is graver is: in an episode that began with a condition (logits that grow) the
+    first event (a jump, a spike), which may have nothing to do with it; and a first verdict of divergence,
+    under the episode's layer and onset, with what has followed since. A consequence that is still there when
+    the episode is over, while what began it is not, is told then: attention that collapsed in the wake of a
+    gradient spike.
 
     Args:
         detectors: Whose verdicts are merged.
@@ -108,6 +109,7 @@ class EpisodeDetector:
         self._quiet_steps = quiet_steps
         self._episode: Episode | None = None
         self._aftermath = Aftermath()
+        self._has_event = False  # the episode
         self._last_step = 0
 
     @property
@@ -135,9 +137,12 @@ class EpisodeDetector:
         self._aftermath.take(alerts)
         self._last_step = step
         self._episode = (before or Episode(alerts[0])).followed_by(alerts)
-        if before is not None and before.origin.severity == self._episode.origin.severity:
-            return []
-        return [*stayed, self._episode.as_alert(step)]
+        had_event = before is not None and self._has_event
+        events = [alert for alert in alerts if alert.is_event]
+        self._has_event = had_event or bool(events)
+        if before is None or before.origin.severity != self._episode.origin.severity:
+            return [*stayed, self._episode.as_alert(step)]
+        return [] if had_event else [_after(before.origin, event) for event in events[:1]]
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
@@ -146,6 +151,7 @@ class EpisodeDetector:
             "last_step": self._last_step,
             "episode": [asdict(alert) for alert in self._alerts()],
             "aftermath": self._aftermath.state_dict(),
+            "has_event": self._has_event,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -158,8 +164,10 @@ class EpisodeDetector:
         alerts = [alert_from(fields) for fields in state["episode"]]
         self._episode = Episode(alerts[0], tuple(alerts[1:])) if alerts else None
         self._aftermath = Aftermath()
+        self._has_event = any(alert.is_event for alert in alerts)
         if "aftermath" in state:  # not what an earlier version saved
             self._aftermath.load_state_dict(state["aftermath"])
+            self._has_event = state["has_event"]
 
     def _named(self) -> Iterator[tuple[str, Detector]]:
         """Names for the state: a type, what it reads, and a number where that is not enough."""
@@ -178,3 +186,7 @@ def _by_onset_and_cause(alert: Alert) -> tuple[int, int]:
     is_weight = alert.kind == "non-finite" and alert.quantity == "weight_norm"
     cause = -1 if is_weight else _CAUSES.index(alert.kind) if alert.kind in _CAUSES else len(_CAUSES)
     return onset, cause
+
+
+def _after(origin: Alert, event: Alert) -> Alert:
+    return replace(event, reason=f"{event.reason} It follows {origin.in_short}.")

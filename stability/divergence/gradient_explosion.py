@@ -125,7 +125,8 @@ class GradientExplosionDetector:
             return []
         self._reported = level
         of_layer = {layers[index]: median for index, median in zip(judged, medians.tolist(), strict=True)}
-        return [self._alert(step, of_layer, _SEVERITIES[level - 1])]
+        loudest = layers[judged[np.where(excesses >= thresholds, excesses, -math.inf).argmax()]]
+        return [self._alert(step, of_layer, _SEVERITIES[level - 1], loudest)]
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
@@ -165,13 +166,17 @@ class GradientExplosionDetector:
             )
         ]
 
-    def _alert(self, step: int, medians: Mapping[str, float], severity: Severity) -> Alert:
+    def _alert(self, step: int, medians: Mapping[str, float], severity: Severity, loudest: str) -> Alert:
         layer, spread = origin(self._tracks, list(medians), ties="last")
         track = self._tracks[layer]
         norm, reference = track.recent[-1][1], math.exp(medians[layer])
         reason = (
             f"{_WHAT[self._quantity]} {norm:.3g} is {norm / reference:.3g} × its median of {reference:.3g}"
         )
+        alarm = self._warning if severity == "warning" else self._divergence
+        if math.log(norm / reference) < alarm:  # it began here, but what passed the ratio is elsewhere
+            ratio = self._tracks[loudest].recent[-1][1] / math.exp(medians[loudest])
+            reason += f", while that of {loudest} is {ratio:.3g} × its own"
         points = track.recent[-_GROWTH_STEPS:]
         growth = (math.log(points[-1][1]) - math.log(points[0][1])) / max(1, points[-1][0] - points[0][0])
         missing = self._divergence - math.log(norm / reference)

@@ -110,7 +110,13 @@ class QuantityRangeDetector:
         begins = not self._is_reported and bool(out)
         self._is_reported |= begins
         self._is_reported &= not self._tracks.are_ordinary(rows[judged])
-        return [self._alert(step, readings, out, len(judged))] if begins else []
+        if not begins:
+            return []
+        # A largest logit below zero is not judged, since it has no logarithm, and is not beyond its limit.
+        num_negative = sum(
+            layer != ALL_LAYERS and value < 0 for layer, value in readings[self._quantity].items()
+        )
+        return [self._alert(step, readings, out, len(judged) + num_negative)]
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
@@ -121,13 +127,13 @@ class QuantityRangeDetector:
         self._tracks = Tracks(self._window, state["tracks"])
         self._is_reported = state["is_reported"]
 
-    def _alert(self, step: int, readings: Readings, medians: Mapping[str, float], num_judged: int) -> Alert:
+    def _alert(self, step: int, readings: Readings, medians: Mapping[str, float], num_layers: int) -> Alert:
         layer, spread = origin(self._tracks, medians, ties="first")
         track = self._tracks[layer]
         value, reference = track.recent[-1][1], math.exp(self._sign * medians[layer])
         others = ""
         if len(medians) > 1:
-            others = f"; {len(medians) - 1} of {num_judged - 1} other layers are beyond theirs as well"
+            others = f"; {len(medians) - 1} of {num_layers - 1} other layers are beyond theirs as well"
         return Alert(
             step,
             layer,

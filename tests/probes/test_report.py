@@ -161,6 +161,12 @@ def test_an_incidents_series_leave_its_report_alone_and_say_where_alerts_are_not
     assert "No alert" not in text
 
 
+def test_an_incident_folder_is_answered_with_its_series_alone(tmp_path: Path) -> None:
+    (tmp_path / "series.npz").touch()
+    with pytest.raises(FileNotFoundError, match=r"give its series: .*series\.npz\.$"):
+        write_report(tmp_path)
+
+
 def run_of(values: np.ndarray, *, alerts: Sequence[Alert] = (), skipped: Sequence[int] = ()) -> ReportedRun:
     """Gradient norms, float64 [layers, steps]; a GradScaler left the skipped steps' updates out."""
     steps = np.arange(values.shape[1])

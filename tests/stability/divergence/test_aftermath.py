@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from stability.divergence import ALL_LAYERS, Alert, EpisodeDetector, default_detectors
-from stability.divergence.aftermath import EVENTS, Aftermath
+from stability.divergence.aftermath import Aftermath
+from stability.divergence.detector import EVENTS
 from stability.divergence.remedies import REMEDIES
 from tests.stability.divergence.series import Scripted, Step, num_calls, verdicts, with_fault
 

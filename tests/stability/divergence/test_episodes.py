@@ -47,6 +47,40 @@ def test_consequences_are_not_told_and_keep_the_episode_open() -> None:
     assert [a.step for a in told] == [10]
 
 
+def test_the_first_event_after_a_condition_is_told() -> None:
+    growth, jump = alert(10, "a", "logit-growth"), alert(60, "(all)", "weight-jump", 59)
+    told = hear(growth, alert(50, "b", "dense-coupling"), jump, alert(61, "(all)", "loss-spike"))
+    assert told[0] == growth
+    assert told[1] == replace(jump, reason="weight-jump. It follows logit-growth in a at step 10.")
+    assert len(told) == 2
+
+
+def test_of_several_events_of_a_step_the_likeliest_cause_is_told() -> None:
+    told = hear(
+        alert(10, "a", "logit-growth"), alert(60, "b", "loss-spike", 60), alert(60, "c", "weight-jump", 60)
+    )
+    assert [a.layer for a in told] == ["a", "c"]
+
+
+def test_events_are_told_anew_in_each_episode() -> None:
+    growth, jump = alert(10, "a", "logit-growth"), alert(60, "b", "weight-jump")
+    again = [replace(growth, step=300), replace(jump, step=350)]
+    assert [a.step for a in hear(growth, jump, *again)] == [10, 60, 300, 350]
+
+
+@pytest.mark.parametrize("at", [20, 61])
+def test_a_resumed_detector_knows_whether_an_event_was_told(at: int) -> None:
+    alerts = [alert(10, "a", "logit-growth"), alert(60, "b", "weight-jump"), alert(70, "b", "loss-spike")]
+    before, after = (EpisodeDetector([Scripted(*alerts)]) for _ in range(2))
+    told = verdicts(before, ((step, {}) for step in range(at)))
+    state = json.loads(json.dumps(before.state_dict()))
+    after.load_state_dict(state)
+    assert told + verdicts(after, ((step, {}) for step in range(at, 400))) == hear(*alerts)
+    del state["aftermath"], state["has_event"]  # as an earlier version saved it
+    after.load_state_dict(state)
+    assert told + verdicts(after, ((step, {}) for step in range(at, 400))) == hear(*alerts)
+
+
 def test_after_a_quiet_time_an_episode_of_its_own_begins() -> None:
     told = hear(alert(10, "a", "weight-jump"), alert(111, "b", "loss-spike"))
     assert [(a.step, a.layer) for a in told] == [(10, "a"), (111, "b")]

@@ -83,6 +83,18 @@ def test_the_layer_nearest_to_the_loss_is_named() -> None:
     assert alert.spread == ("a",)
 
 
+def test_the_sentence_names_the_layer_that_passed_the_ratio_if_it_began_in_another() -> None:
+    detector = GradientExplosionDetector()
+    calm = [{"a": 1.0, "b": 1.0}] * 30
+    warning, divergence = feed(detector, [*calm, {"a": 500.0, "b": 100.0}, {"a": 2e4, "b": 400.0}])
+    assert (warning.layer, warning.severity) == ("b", "warning")
+    assert warning.reason == "gradient norm 100 is 100 × its median of 1, while that of a is 500 × its own."
+    assert (divergence.layer, divergence.severity) == ("b", "divergence")
+    assert "400 × its median of 1, while that of a is 2e+04 × its own" in divergence.reason
+    (alone,) = feed(GradientExplosionDetector(), [*calm, {"a": 1.0, "b": 500.0}])
+    assert "while" not in alone.reason
+
+
 def test_where_gradients_are_clipped_those_at_outputs_tell() -> None:
     detector = GradientExplosionDetector("activation_grad_norm")
     for step in range(30):

@@ -70,6 +70,14 @@ def test_the_sentence_says_how_many_layers_do_the_same() -> None:
     assert alert.spread == ("b",)
 
 
+def test_largest_logits_below_zero_count_as_other_layers() -> None:
+    detector = logit_growth_detector()
+    for step in range(3):
+        assert not detector.update(step, {"attention/max_logit": dict.fromkeys("abcd", 2.0)})
+    (alert,) = detector.update(3, {"attention/max_logit": {"a": 1e5, "b": -2e4, "c": 6e3, "d": -3e2}})
+    assert alert.reason.endswith("(limit 12); 1 of 3 other layers are beyond theirs as well.")
+
+
 def small(value: float) -> dict[str, dict[str, float]]:
     return {"attention/entropy": {"a": value}}
 
