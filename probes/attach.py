@@ -238,6 +238,8 @@ def _flight_recorder(log_dir: Path, steps: int, num_layers: int) -> FlightRecord
     try:
         return FlightRecorder(log_dir / FILE_NAME, steps=steps, values_per_step=256 + 16 * num_layers)
     except OSError as error:
+        if not isinstance(error, BlockingIOError):  # as above
+            set_aside(log_dir / FILE_NAME)
         warnings.warn(f"no flight recorder and no incident folders: {error}", ProbeWarning, stacklevel=3)
         return None
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _DPI = 120
 _LARGEST = 1e100
+_NAME_BYTES = 150  # a file's name may have 255
 _DASHES = ("-", "--", ":", "-.")
 _COLOURS = ("#222222", "#2f86d6", "#c9700a", "#c2559b")
 
@@ -33,12 +34,17 @@ def write_figures(shown: Sequence[HeatMap | Curves], folder: Path, stem: str) ->
     Raises:
         OSError: If they cannot be written.
     """
-    paths = []
+    paths: list[Path] = []
     for picture in shown:
         is_map = isinstance(picture, HeatMap)
         figure = _heat_map(picture) if isinstance(picture, HeatMap) else _curves(picture)
         name = "".join(c if c.isalnum() or c in "_-" else "-" for c in picture.quantity)
-        path = folder / f"{stem}-{name}{'' if is_map else '-model'}.png"
+        name = name.encode()[:_NAME_BYTES].decode(errors="ignore")
+        name = f"{stem}-{name}{'' if is_map else '-model'}"
+        path, number = folder / f"{name}.png", 1
+        while path in paths:  # what the script logs may differ in one of the other characters alone
+            number += 1
+            path = folder / f"{name}-{number}.png"
         figure.savefig(path, dpi=_DPI)
         paths.append(path)
     return paths
@@ -98,7 +104,7 @@ def _curves(chart: Curves) -> Figure:
             np.where(finite, _drawable(curve.series.values, is_log=chart.is_log), np.nan),
             color=_COLOURS[index % len(_COLOURS)],
             linestyle=_DASHES[index % len(_DASHES)],
-            label=curve.name,
+            label=f" {curve.name}",  # matplotlib leaves out names that begin with an underscore
         )
         for x in column[~finite]:
             axes.text(x, 0.98, "×", transform=axes.get_xaxis_transform(), ha="center", va="top")

@@ -19,13 +19,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from probes.failures import ProbeWarning
-from probes.flight_recorder_file import HEADER, NAME, SLOT, Layout, Names, parse_slots
+from probes.flight_recorder_file import HEADER, NAME, SLOT, Layout, Names, identity, mapped, parse_slots
 from probes.record import Series, StepRecords
 from stability.divergence import Alert
 
 MAX_COLUMNS = 32  # sets of series that are remembered
-
-_mapped: set[tuple[int, int]] = set()  # files this process records into
 
 
 class _Columns(NamedTuple):
@@ -76,8 +74,8 @@ class FlightRecorder:
                 f"cannot write the flight recorder to {self.path}: {error}. Choose a writable log_dir."
             ) from error
         self._map[: HEADER.size] = self._layout.header
-        self._identity = _identity(self._file)
-        _mapped.add(self._identity)
+        self._identity = identity(self._file.fileno())
+        mapped[self._identity] = self._map
         data = self._map[:]
         names = Names.parse(data, self._layout)
         self._numbers = {series: number for number, series in enumerate(names.series)}
@@ -110,7 +108,7 @@ class FlightRecorder:
 
     def close(self) -> None:
         """See :class:`~probes.sinks.Sink`."""
-        _mapped.discard(self._identity)
+        mapped.pop(self._identity, None)
         self._map.close()
         self._file.close()
 
@@ -146,17 +144,15 @@ class FlightRecorder:
     def _open(self) -> tuple[BinaryIO, mmap.mmap]:
         """The file, locked, mapped and at its full size; one of another layout is renamed."""
         while True:
-            file = self.path.open("a+b")
+            _check_own(self.path)
+            file = self.path.open("a+b", buffering=0)
             try:
                 _lock(file, self.path)
                 file.seek(0)
                 header = file.read(HEADER.size)
                 # Zeros: a recorder was killed before it had written anything else.
                 if not header.strip(b"\0") or header == self._layout.header:
-                    # Written, not sparse: a full disk says so here, and not by a signal at the first store.
-                    for start in range(file.seek(0, os.SEEK_END), self._layout.size, 1 << 20):
-                        file.write(bytes(min(1 << 20, self._layout.size - start)))
-                    file.flush()
+                    self._fill(file)
                     return file, mmap.mmap(file.fileno(), self._layout.size)
             except BaseException:
                 file.close()
@@ -164,27 +160,43 @@ class FlightRecorder:
             os.replace(self.path, f"{self.path}.old")
             file.close()
 
+    def _fill(self, file: BinaryIO) -> None:
+        """Brings it to its full size."""
+        # Written, not sparse: a full disk says so here, and not by a signal at the first store.
+        size = begin = file.seek(0, os.SEEK_END)
+        try:
+            while size < self._layout.size:
+                size += file.write(bytes(min(1 << 20, self._layout.size - size)))
+        except OSError:
+            file.truncate(begin)  # the room that there was is the training's: its checkpoints need it
+            raise
+
 
 def set_aside(path: Path) -> None:
     """Renames an earlier session's file, if there is one and no one records to it."""
-    with contextlib.suppress(OSError), path.open("r+b") as file:
-        _lock(file, path)
-        os.replace(path, f"{path}.old")
+    with contextlib.suppress(OSError):
+        _check_own(path)
+        with path.open("r+b") as file:
+            _lock(file, path)
+            os.replace(path, f"{path}.old")
+
+
+def _check_own(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if identity(path) in mapped:
+            raise _taken(path)
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
     # A lock of the process, not of the open file: forked data loaders outlive a killed parent by seconds.
     try:
-        if _identity(file) in _mapped:
-            raise BlockingIOError
         with contextlib.suppress(ImportError):  # Windows has no such locks
             import fcntl
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise BlockingIOError(f"another probe records to {path}; give each its own log_dir.") from None
+        raise _taken(path) from None
 
 
-def _identity(file: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino
+def _taken(path: Path) -> BlockingIOError:
+    return BlockingIOError(f"another probe records to {path}; give each its own log_dir.")

@@ -33,6 +33,7 @@ EPISODE_STEPS = 100
 NUM_BATCHES = 16
 
 _UNFINISHED = ".unfinished-"
+_KIND_BYTES = 150  # a folder's name may have 255
 
 
 class IncidentWriter:
@@ -66,6 +67,9 @@ class IncidentWriter:
 
     def note_checkpoint(self, step: int) -> None:
         """Remembers the random number generators as they are, right before ``step``."""
+        if self._episode is not None and step <= self._episode[0]:  # the training goes back to before it
+            self._episode = None
+        self._last_step = min(self._last_step, step - 1)
         self._checkpoint = {"step": step, "states": rng_states.rng_states()}
 
     def note_batch(self, step: int, indices: np.ndarray) -> None:
@@ -225,6 +229,10 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             return None
 
+    try:
+        directory = str(Path.cwd())
+    except OSError:
+        directory = "(deleted)"
     in_use = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return {
         "stability-probes": version("stability-probes"),
@@ -235,7 +243,7 @@ def environment() -> dict[str, Any]:
         "CUDA": torch.version.cuda,
         "GPU": [torch.cuda.get_device_name(index) for index in in_use],
         "OS": platform.platform(),
-        "directory": str(Path.cwd()),
+        "directory": directory,
         "command": shlex.join(sys.orig_argv),
     }
 
@@ -274,4 +282,5 @@ def _saved(states: dict[str, Any]) -> bytes:
 
 
 def _file_name(kind: str) -> str:
-    return "".join(character if character.isalnum() or character in "-_" else "-" for character in kind)
+    name = "".join(character if character.isalnum() or character in "-_" else "-" for character in kind)
+    return name.encode()[:_KIND_BYTES].decode(errors="ignore")

@@ -80,7 +80,8 @@ def read(log_dir: str | Path) -> RecordedRun:
     killed process say, is read as far as it goes.
 
     Where a run was taken up again or begun anew in the same directory or file, what earlier sessions recorded
-    from the first step of a later one on is left out, alerts too. On disk all of it stays.
+    from the first step of a later one on is left out, alerts too; so it is where a session went back to an
+    earlier step. On disk all of it stays. JSON lines of other programs beside them are passed over.
 
     Args:
         log_dir: The run's directory; or one file: JSON lines, a flight recorder, or an incident's series.npz.
@@ -112,10 +113,12 @@ def read(log_dir: str | Path) -> RecordedRun:
         files = [path]
     else:
         patterns = ("*.jsonl", "events.out.tfevents.*.probes", "events.out.tfevents.*")
-        files = next(filter(None, (sorted(path.glob(pattern)) for pattern in patterns)), [])
+        found = (sorted(filter(_may_be_ours, path.glob(pattern))) for pattern in patterns)
+        files = next(filter(None, found), [])
         if files and files[0].name.endswith(".probes"):
             files.sort(key=begun_at)
         files += path.glob(FILE_NAME)  # last: of a step recorded twice the later value counts
+        files = files or sorted(path.glob("*.jsonl"))  # to say what is wrong with them
     if not files and (path / "series.npz").exists():
         raise FileNotFoundError(f"{path} is an incident folder; give its series: {path / 'series.npz'}.")
     if not files:
@@ -144,6 +147,15 @@ def _to_arrays(recorded: Recorded) -> dict[str, RecordedSeries]:
 
 def _can_hold_alerts(path: Path) -> bool:
     return path.suffix != ".npz" and not path.name.startswith(FILE_NAME)
+
+
+def _may_be_ours(path: Path) -> bool:
+    """Whether a file is no other program's JSON lines, as far as its first line tells."""
+    if path.suffix != ".jsonl":
+        return True
+    with path.open(encoding="utf-8", errors="replace") as file:
+        first_line = file.readline()
+    return not first_line.endswith("\n") or _parse(first_line).get("schema") == "stability-probes"
 
 
 def _read_file(path: Path) -> Recorded:
@@ -176,7 +188,7 @@ def _read_lines(path: Path) -> Recorded:
             kind = fields.pop("type", None)
             if kind == "record":
                 record = Record(**fields)
-                session.values[record.series.tag][record.step] = float(record.value)
+                session.take(record.series.tag, record.step, float(record.value))
             elif kind == "alert":
                 session.alerts.append(_alert(fields))
             elif kind == "session":
@@ -222,12 +234,19 @@ def _read_events(path: Path) -> Recorded:
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     recorded = Recorded()
+    is_ours = path.name.endswith(".probes")  # another writer's series may each have steps of their own
     for event in LegacyEventFileLoader(str(path)).Load():
         for value in event.summary.value:
             if value.HasField("simple_value"):
-                if not value.tag.startswith(OVERVIEW):
+                if value.tag.startswith(OVERVIEW):
+                    continue
+                if is_ours:
+                    recorded.take(value.tag, event.step, value.simple_value)
+                else:
                     recorded.values[value.tag][event.step] = value.simple_value
             elif value.tag.startswith("alerts/"):
                 for text in value.tensor.string_val:
-                    recorded.alerts += [_alert(_parse(found)) for found in _ALERT.findall(text.decode())]
+                    # The last, in case a layer's name holds the like.
+                    found = _ALERT.findall(text.decode())[-1:]
+                    recorded.alerts += [_alert(_parse(fields)) for fields in found]
     return recorded

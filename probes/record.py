@@ -13,7 +13,8 @@ from probes.quantities import QUANTITIES
 from stability.attention.summary import Kind
 from stability.divergence import ALL_LAYERS, Alert
 
-_LAYER = re.compile(r"(.*?)(?:/call_(\d+))?(?:/head_(\d+))?", re.DOTALL)
+_HEAD = re.compile(r"(.*)/head_(\d+)", re.DOTALL)
+_CALL = re.compile(r"(.*)/call_(\d+)", re.DOTALL)
 
 __all__ = [
     "ALL_LAYERS",
@@ -69,10 +70,14 @@ class Series(NamedTuple):
             return cls(ALL_LAYERS, tag.removesuffix(f"/{ALL_LAYERS}"))
         parts = tag.split("/")
         length = 2 if "/".join(parts[:2]) in QUANTITIES else 1
-        quantity, rest = "/".join(parts[:length]), "/".join(parts[length:])
-        # Of the layer alone, which may itself be named head_0.
-        layer, call, head = _LAYER.fullmatch(rest).groups()  # type: ignore[union-attr]  # matches every text
-        return cls(layer, quantity, None if head is None else int(head), int(call or 0))
+        quantity, layer = "/".join(parts[:length]), "/".join(parts[length:])
+        # Of the layer alone, which may itself be named head_0; and only attention has heads.
+        head, call = None, 0
+        if quantity.startswith("attention/") and (found := _HEAD.fullmatch(layer)):
+            layer, head = found[1], int(found[2])
+        if found := _CALL.fullmatch(layer):
+            layer, call = found[1], int(found[2])
+        return cls(layer, quantity, head, call)
 
 
 @lru_cache(maxsize=2**16)

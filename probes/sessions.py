@@ -32,6 +32,19 @@ class Recorded:
         for tag, step, value in points:
             self.values[tag][step] = value
         self.alerts: list[Alert] = []
+        self._last_step: int | None = None
+
+    def take(self, tag: str, step: int, value: float) -> None:
+        """Takes the next number of a session.
+
+        An earlier step than that of the one before: the training was taken back to it, by
+        ``probe.load_state_dict``, and what was recorded from there on is void.
+        """
+        if not tag.startswith(_ALERT_MARKER):
+            if self._last_step is not None and step < self._last_step:
+                self._forget_from(step)
+            self._last_step = step
+        self.values[tag][step] = value
 
     def add(self, other: Recorded) -> None:
         """Takes over what stands beside it; of a step recorded twice the other's value counts."""
@@ -45,12 +58,20 @@ class Recorded:
         of_records = (by_step for tag, by_step in session.values.items() if not tag.startswith(_ALERT_MARKER))
         first_step = min((min(by_step) for by_step in of_records), default=None)
         if first_step is not None:
-            for tag, by_step in list(self.values.items()):
-                self.values[tag] = {step: value for step, value in by_step.items() if step < first_step}
-                if not self.values[tag]:
-                    del self.values[tag]
-            self.alerts = [alert for alert in self.alerts if alert.step < first_step]
+            self._forget_from(first_step)
         self.add(session)
+
+    def _forget_from(self, step: int) -> None:
+        """Makes void what sessions have recorded from a step on, alerts too."""
+        for tag, by_step in list(self.values.items()):
+            if tag.startswith(_ALERT_MARKER):  # a detector may speak of any step, in any order
+                by_step = self.values[tag] = {at: value for at, value in by_step.items() if at < step}
+            # The others ascend, so that a run of many sessions does not go through all of it for each.
+            while by_step and next(reversed(by_step)) >= step:
+                by_step.popitem()
+            if not by_step:
+                del self.values[tag]
+        self.alerts = [alert for alert in self.alerts if alert.step < step]
 
 
 class EarlierSession(NamedTuple):

@@ -58,7 +58,7 @@ def tell(
         return _of_alert(next((alert for alert in alerts if alert.severity == "divergence"), alerts[0]))
     no_alert = "Alerts are not in this file" if alerts is None else "No alert was recorded"
     if not ranking:
-        return Story("Nothing to compare", f"{no_alert}, and no layer has two steps to compare.")
+        return Story("Nothing to compare", f"{no_alert}, and no layer has two steps above zero to compare.")
     broken = [departure for departure in ranking if not math.isfinite(departure.farthest)]
     far = [one for one in (before_broken if broken else ranking) if one.decades >= _STANDS_OUT]
     if broken:

@@ -73,6 +73,7 @@ class ConsoleSink:
     def _show(self, text: str) -> None:
         # One column less than there are: a full line makes some terminals begin a new one.
         width = max(shutil.get_terminal_size().columns - 1, 1)
+        text = "".join(character if character.isprintable() else "?" for character in text)
         shown = text if len(text) <= width else f"{text[: width - 1]}…"
         self._stream.write(f"{_CLEAR_LINE}{shown}")
         self._stream.flush()

@@ -18,7 +18,7 @@ class CsvSink:
     The columns are the fields of :class:`~probes.Record` and ``reason``. An alert is a row of the quantity
     ``alert/kind``, 1 for a warning and 2 for divergence, and it alone has a reason. Values are in full
     precision, also ``nan``, ``inf`` and ``-inf``; what a record does not have is empty. Each step is flushed:
-    a killed process loses at most the one it was writing.
+    a killed process loses at most the one it was writing, and the next takes its half row away.
 
     Args:
         path: The file; directories on the way are created, an existing file is continued.
@@ -38,15 +38,13 @@ class CsvSink:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            is_cut_short = _is_cut_short(self.path)
-            self._file = self.path.open("a", newline="", encoding="utf-8")
+            _end_last_row(self.path)
+            self._file = self.path.open("a", newline="", encoding="utf-8", errors="replace")
         except OSError as error:
             raise OSError(f"cannot write records to {self.path}: {error}. Choose a writable path.") from error
         self._writer = csv.writer(self._file, lineterminator="\n")
         if self._file.tell() == 0:
             self._writer.writerow(COLUMNS)
-        elif is_cut_short:
-            self._file.write("\n")
         self._file.flush()
 
     def write(self, records: StepRecords) -> None:
@@ -66,10 +64,26 @@ class CsvSink:
         self._file.close()
 
 
-def _is_cut_short(path: Path) -> bool:
-    """Whether a killed process left the last line half written."""
+def _end_last_row(path: Path) -> None:
+    """Takes away the row that a killed process left half written: half a number is another number."""
     if not path.exists() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as file:
+        return
+    with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
+        if file.read() == b"\n":
+            return
+        file.seek(0)
+        begin = file.readline()
+        file.seek(0)
+        end, is_quoted, row = 0, False, b""  # where the last whole row ends, and what comes after
+        for line in file:
+            row += line
+            is_quoted ^= line.count(b'"') % 2 > 0
+            if line.endswith(b"\n") and not is_quoted:
+                end, row = end + len(row), b""
+        is_whole = not is_quoted and len(next(csv.reader([row.decode(errors="replace")]))) >= len(COLUMNS)
+        is_ours = f"{','.join(COLUMNS)}\n".encode().startswith(begin)
+        if is_ours and not is_whole:
+            file.truncate(end)
+        else:
+            file.write(b"\n")

@@ -33,7 +33,8 @@ def begun_at(path: Path) -> float:
     """
     with path.open("rb") as file:
         head = file.read(_WALL_TIME.stop)
-    return struct.unpack("<d", head[_WALL_TIME])[0] if len(head) == _WALL_TIME.stop else 0.0
+    is_event = len(head) == _WALL_TIME.stop and head[_WALL_TIME.start - 1] == 0x09
+    return struct.unpack("<d", head[_WALL_TIME])[0] if is_event else 0.0
 
 
 class EventFiles:
@@ -59,6 +60,7 @@ class EventFiles:
         self._fixed = 0  # bytes of it that no stride takes away
         self._num_files = 0
         self._own: set[Path] = set()
+        self._begun = max(map(begun_at, directory.glob(f"{_PREFIX}*{_SUFFIX}")), default=0.0)
         self._remove_unfinished()
         for _, data in self._contents():
             self._count(_records(data))
@@ -86,7 +88,9 @@ class EventFiles:
             self._file.close()
 
     def _begin(self) -> BinaryIO:
-        name = f"{_PREFIX}{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
+        # Later than all before, though the clock may have been put back: files are read in this order.
+        self._begun = max(time.time(), self._begun + 1e-6)
+        name = f"{_PREFIX}{self._begun:010.0f}.{socket.gethostname()}.{os.getpid()}"
         while True:  # a second run of one process in the same second
             path = self._directory / f"{name}.{self._num_files:04d}{_SUFFIX}"
             self._num_files += 1
@@ -97,7 +101,7 @@ class EventFiles:
             with contextlib.suppress(OSError):  # a file system without locks
                 _lock(file)
             self._own.add(path)
-            wall_time = b"\x09" + struct.pack("<d", time.time())
+            wall_time = b"\x09" + struct.pack("<d", self._begun)
             self._write(file, wall_time + _FIRST_EVENT)
             return file
 

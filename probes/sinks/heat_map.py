@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ class HeatMap:
         self._grid = np.full((0, MAX_COLUMNS), self._nothing)
         self._steps_per_column = 1
         self._steps_in_column = 0
+        self._last_step = -1
 
     def rows(self, layers: Sequence[str]) -> np.ndarray:
         """The rows of layers, for ``add``; new layers get one."""
@@ -37,7 +39,10 @@ class HeatMap:
         return np.array([self._rows[layer] for layer in layers], np.intp)
 
     def add(self, step: int, rows: np.ndarray, values: np.ndarray) -> None:
-        """Takes the values of a step, float64 [len(rows)]."""
+        """Takes the values of a step, float64 [len(rows)]; of an earlier one, in place of what follows it."""
+        if step < self._last_step:
+            self._go_back(step)
+        self._last_step = step
         if not self.steps or self._steps_in_column == self._steps_per_column:
             if len(self.steps) == MAX_COLUMNS:
                 self._join_columns()
@@ -63,6 +68,13 @@ class HeatMap:
         layers = [layer for layer, row in self._rows.items() if counts[row] > counts.max() // 2]
         layers.sort(key=lambda layer: position.get(layer.split("/call_")[0], len(order)))
         return layers, values[[self._rows[layer] for layer in layers]]
+
+    def _go_back(self, step: int) -> None:
+        """Empties the columns that begin at a step or later; the next one is a new one."""
+        num_kept = bisect_left(self.steps, step)
+        self._grid[:, num_kept:] = self._nothing
+        del self.steps[num_kept:]
+        self._steps_in_column = self._steps_per_column
 
     def _join_columns(self) -> None:
         half = MAX_COLUMNS // 2

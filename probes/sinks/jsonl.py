@@ -51,7 +51,11 @@ class JsonLinesSink:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab")
-            self._begin()
+            try:
+                self._begin()
+            except OSError:
+                self._file.close()
+                raise
         except OSError as error:
             raise OSError(f"cannot write records to {self.path}: {error}. Choose a writable path.") from error
 
@@ -79,14 +83,17 @@ class JsonLinesSink:
 
     def _begin(self) -> None:
         """Writes the header of a new file, or marks where another session continues an old one."""
+        header = f"{to_json({'schema': 'stability-probes', 'schema_version': SCHEMA_VERSION})}\n".encode()
         with self.path.open("rb") as file:
-            has_header = file.readline().endswith(b"\n")
+            first_line = file.readline()
+            has_header = first_line.endswith(b"\n")
             file.seek(-1 if has_header else 0, os.SEEK_END)
             is_cut_short = file.read() != b"\n"
         if not has_header:
-            self._file.truncate(0)
-            header = {"schema": "stability-probes", "schema_version": SCHEMA_VERSION}
-            self._file.write(f"{to_json(header)}\n".encode())
+            if not header.startswith(first_line.replace(b" ", b"")):
+                raise FileExistsError(f"it holds something else, {first_line[:40]!r}")
+            self._file.truncate(0)  # of a process that was killed as it began
+            self._file.write(header)
         else:
             if is_cut_short:  # a killed process left its line half written
                 self._file.write(b"\n")

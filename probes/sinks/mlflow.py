@@ -9,20 +9,22 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from probes.record import StepRecords, alert_marker
+from probes.record import Series, StepRecords, alert_marker
 from stability.divergence import Alert
 
 if TYPE_CHECKING:
     import mlflow
 
 _NOT_IN_A_NAME = re.compile(r"[^\w.\- :/]")
+_MAX_NAME = 240  # MLflow's limit is 250 characters
 _MAX_BATCH = 1000  # MLflow's own limit on metrics in one request
 
 
 class MLflowSink:
     """Logs records of layers as ``probes/quantity/layer``, without those of single heads, which are many.
 
-    What MLflow allows in no name becomes an underscore: ``probes/grad_norm/_all_`` is the whole model's. An
+    What MLflow allows in no name becomes an underscore, and so does a slash in a layer's name:
+    ``probes/grad_norm/_all_`` is the whole model's. A second series of such a name gets a number. An
     alert is the metric ``probes/alert/kind/layer``, 1 for a warning and 2 for divergence, and a tag of that
     name with the reason. A thread sends the requests, and only the end waits for them. The run stays open.
 
@@ -56,16 +58,20 @@ class MLflowSink:
         self._requests: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._failure: Exception | None = None
+        self._names: dict[str, str] = {}  # of metrics, by tags
+        self._taken: set[str] = set()
 
     def write(self, records: StepRecords) -> None:
         """See :class:`~probes.sinks.Sink`."""
         if records.step % self._every == 0:
-            self._log(records.step, records.by_tag())
+            named = zip(records.series, records.values.tolist(), strict=True)
+            self._log(records.step, {series: value for series, value in named if series.head is None})
 
     def write_alert(self, alert: Alert) -> None:
         """See :class:`~probes.sinks.Sink`."""
         series, value = alert_marker(alert)
-        self._log(alert.step, {series.tag: value}, {series.tag: str(alert)})
+        told = str(alert).encode(errors="replace").decode()  # what UTF-8 cannot hold is no text of a tag
+        self._log(alert.step, {series: value}, {series: told})
 
     def close(self) -> None:
         """Waits for what is on its way; whoever began the run ends it."""
@@ -75,14 +81,18 @@ class MLflowSink:
         if self._failure is not None:
             raise self._failure
 
-    def _log(self, step: int, values: Mapping[str, float], tags: Mapping[str, str] | None = None) -> None:
+    def _log(
+        self, step: int, values: Mapping[Series, float], tags: Mapping[Series, str] | None = None
+    ) -> None:
         if self._failure is not None:
             raise self._failure
         if self._thread is None:
             self._begin()
         now = int(time.time() * 1000)
-        metrics = [self._entities.Metric(_name(tag), value, now, step) for tag, value in values.items()]
-        run_tags = [self._entities.RunTag(_name(key), text) for key, text in (tags or {}).items()]
+        metrics = [
+            self._entities.Metric(self._name(series), value, now, step) for series, value in values.items()
+        ]
+        run_tags = [self._entities.RunTag(self._name(series), text) for series, text in (tags or {}).items()]
         for start in range(0, len(metrics), _MAX_BATCH):
             self._requests.put({"metrics": metrics[start : start + _MAX_BATCH], "tags": run_tags})
 
@@ -109,7 +119,19 @@ class MLflowSink:
                 except Exception as error:  # raised where the training hands over its next numbers
                     self._failure = error
 
-
-def _name(tag: str) -> str:
-    # A local file store has a file for each metric: none may be the directory of another.
-    return "probes/" + _NOT_IN_A_NAME.sub("_", tag.replace("/call_", ".call_"))
+    def _name(self, series: Series) -> str:
+        """A name that MLflow takes, and that no other series has."""
+        known = self._names.get(series.tag)
+        if known is None:
+            # A local file store has a file for each metric: none may be the directory of another.
+            layer = (
+                series.tag.removeprefix(f"{series.quantity}/").replace("/call_", ".call_").replace("/", "_")
+            )
+            known = full = "probes/" + _NOT_IN_A_NAME.sub("_", f"{series.quantity}/{layer}")[:_MAX_NAME]
+            number = 1
+            while known in self._taken:
+                number += 1
+                known = f"{full}_{number}"
+            self._taken.add(known)
+            self._names[series.tag] = known
+        return known

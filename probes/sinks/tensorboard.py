@@ -123,6 +123,7 @@ class TensorBoardSink:
         self._peak = 0.0
         self._num_alerts = 0
         self._alert_room = max_megabytes * 10**5  # bytes
+        self._num_onsets = 0
         self._onsets: list[tuple[str, int]] = []
         self._num_steps = 0
         self._next_pictures = FIRST_PICTURES
@@ -132,10 +133,14 @@ class TensorBoardSink:
             self._files = EventFiles(self.log_dir, max_megabytes * 10**6)
             self.last_earlier_step = self._files.last_step
             if configuration:
-                self._add(0, summary.text("run", _table(configuration)))
+                self._add(0, summary.text("run", _encodable(_table(configuration))))
             self._end: Summary | None = None
             if hparams:
-                *begin, self._end = summary.hparams(dict(hparams), {PEAK_TAG: 0.0})
+                named = {
+                    _encodable(name): _encodable(value) if isinstance(value, str) else value
+                    for name, value in hparams.items()
+                }
+                *begin, self._end = summary.hparams(named, {PEAK_TAG: 0.0})
                 for part in begin:
                     self._add(0, part)
         except OSError as error:
@@ -145,6 +150,11 @@ class TensorBoardSink:
 
     def write(self, records: StepRecords) -> None:
         """See :class:`~probes.sinks.Sink`."""
+        # Not between two parts of a step: a file makes void what earlier ones hold from its first step on.
+        if records.step != self._last_step and self._files.thin_if_full():
+            self._draw()
+        if records.step < self._last_step:  # the training was taken back
+            self._onsets = [(layer, step) for layer, step in self._onsets if step < records.step]
         columns = self._columns_of(records.series)
         values, overview = records.values, columns.overview
         self._peak = max(self._peak, overview.grad_norm(values))
@@ -161,8 +171,6 @@ class TensorBoardSink:
                 b"".join(self._distribution(name, values[heads]) for name, heads in columns.heads),
             )
             self._files.append(event)
-            if self._files.thin_if_full():
-                self._draw()
         if self._num_steps >= self._next_pictures:
             self._next_pictures *= 2
             self._draw()
@@ -182,15 +190,16 @@ class TensorBoardSink:
         # The page leaves comments out; probes.read finds the alert there. Two hyphens would end it.
         fields = to_json(dataclasses.asdict(alert)).replace("--", "-\\u002d")
         lines.append(f"<!-- {fields} -->")
-        told = self._summaries.text("alerts", "\n\n".join(lines))
+        told = self._summaries.text("alerts", _encodable("\n\n".join(lines)))
         # After the text: an event that begins with a scalar is a step's, and thinned.
         marker, value = alert_marker(alert)
-        told.value.add(tag=marker.tag.translate(_WITHOUT_PARENTHESES), simple_value=value)
+        told.value.add(tag=_encodable(marker.tag.translate(_WITHOUT_PARENTHESES)), simple_value=value)
         self._alert_room -= told.ByteSize()
         if self._alert_room < 0:
             return
         self._add(alert.step, told)
-        if len(self._onsets) < MAX_ONSETS:
+        if self._num_onsets < MAX_ONSETS:
+            self._num_onsets += 1
             self._onsets.append((alert.layer, alert.step if alert.onset_step is None else alert.onset_step))
             self._draw()
 
@@ -299,6 +308,11 @@ def check_hparams(hparams: Mapping[str, HParam]) -> None:
             raise TypeError(
                 f"`hparams` must map names to numbers, texts or truth values; got {name!r}: {value!r}."
             )
+
+
+def _encodable(text: str) -> str:
+    """The text without what UTF-8 cannot hold, such as a byte of a file's name."""
+    return text.encode(errors="replace").decode()
 
 
 def _table(rows: Mapping[str, object]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from stability.divergence.detector import Alert, Readings, alert_from
+from stability.divergence.detector import ALL_LAYERS, Alert, Readings, alert_from
 
 _TINY = 1e-12  # a share, an entropy or a norm of zero has no logarithm
 
@@ -34,35 +34,36 @@ class Aftermath:
 
     def __init__(self, origin: Alert | None = None) -> None:
         self._origin = origin
-        # Each with the newest value since its verdict; None where there is none yet.
-        self._open: list[tuple[Alert, float | None]] = []
+        # By kind and layer, each with the newest value since its verdict; None where there is none yet.
+        self._open: dict[tuple[str, str], tuple[Alert, float | None]] = {}
 
     def take(self, alerts: Sequence[Alert]) -> None:
         """Follows the conditions among further verdicts; of one that comes again, the first."""
         for alert in alerts:
-            if not alert.is_event and not any(_same(alert, known) for known, _ in self._open):
-                self._open.append((alert, None))
+            if not alert.is_event:
+                self._open.setdefault(_condition(alert), (alert, None))
 
     def see(self, readings: Readings) -> None:
         """Takes the numbers of a step after those verdicts."""
-        for i, (alert, _) in enumerate(self._open):
+        for condition, (alert, _) in self._open.items():
             value = readings.get(alert.quantity, {}).get(alert.layer, math.nan)
             if math.isfinite(value):
-                self._open[i] = alert, value
+                self._open[condition] = alert, value
 
     def settle(self, step: int) -> list[Alert]:
         """What has stayed now that the episode is over, as one alert or none; each is told or dropped once.
 
         What has not been recorded since its verdict is left for a later step.
         """
-        seen = [(alert, value) for alert, value in self._open if value is not None]
+        seen = [(alert, value) for alert, value in self._open.values() if value is not None]
         staying = [(alert, value) for alert, value in seen if _has_stayed(alert, value)]
-        self._open = [(alert, value) for alert, value in self._open if value is None]
+        self._open = {condition: known for condition, known in self._open.items() if known[1] is None}
         origin = self._origin
         if origin is None or not staying:
             return []
-        if any(_same(alert, origin) for alert, _ in (*self._open, *staying)):
-            self._open = []
+        begun = _condition(origin)
+        if begun in self._open or any(_condition(alert) == begun for alert, _ in staying):
+            self._open = {}
             return []
         (first, value), *others = staying
         reason = (
@@ -70,27 +71,33 @@ class Aftermath:
             f"{value:.3g} now."
         )
         if others:
-            also = ", ".join(f"{alert.kind} in {alert.layer} ({value:.3g})" for alert, value in others)
+            also = ", ".join(f"{_name(alert)} in {alert.layer} ({value:.3g})" for alert, value in others)
             reason += f" So {'has' if len(others) == 1 else 'have'} {also}."
         spread = dict.fromkeys(layer for alert, _ in staying for layer in (alert.layer, *alert.spread))
-        spread.pop(first.layer)
+        for layer in (first.layer, ALL_LAYERS):
+            spread.pop(layer, None)
         return [replace(first, step=step, value=value, reason=reason, spread=tuple(spread))]
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`~stability.divergence.Detector`."""
         return {
             "origin": None if self._origin is None else asdict(self._origin),
-            "open": [[asdict(alert), value] for alert, value in self._open],
+            "open": [[asdict(alert), value] for alert, value in self._open.values()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
         self._origin = None if state["origin"] is None else alert_from(state["origin"])
-        self._open = [(alert_from(fields), value) for fields, value in state["open"]]
+        known = [(alert_from(fields), value) for fields, value in state["open"]]
+        self._open = {_condition(alert): (alert, value) for alert, value in known}
 
 
-def _same(one: Alert, other: Alert) -> bool:
-    return (one.kind, one.layer) == (other.kind, other.layer)
+def _condition(alert: Alert) -> tuple[str, str]:
+    return _name(alert), alert.layer
+
+
+def _name(alert: Alert) -> str:
+    return alert.kind or alert.quantity
 
 
 def _has_stayed(alert: Alert, value: float) -> bool:

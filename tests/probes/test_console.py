@@ -93,6 +93,13 @@ def test_it_keeps_to_one_line_of_the_terminal(clock: list[float], monkeypatch: p
     assert terminal.lines[-1] == "step 0 · loss 1 · …"
 
 
+def test_a_name_cannot_break_the_line(clock: list[float]) -> None:
+    terminal = Terminal()
+    series = (Series("a\nb\x1b[2J\udce9", "grad_norm"),)
+    ConsoleSink(terminal).write(StepRecords(0, series, np.ones(1), np.ones(1)))
+    assert terminal.lines[-1] == "step 0 · largest gradient 1 in a?b?[2J?"
+
+
 def test_where_there_is_no_terminal_nothing_is_written() -> None:
     file = io.StringIO()
     sink = ConsoleSink(file)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from probes import figures
 from probes.figures import write_figures
 from probes.pictures import RunView, curves, heat_map
 from probes.reading import RecordedSeries
@@ -22,3 +23,18 @@ def test_extremes_and_names_with_dollar_signs_are_drawn(tmp_path: Path, values: 
     view = RunView("a$b_$", {quantity: {layer: series, ALL_LAYERS: series}}, [layer], layer, 1)
     shown = [heat_map(quantity, [view, view]), curves(quantity, [view, view])]
     assert all(path.stat().st_size for path in write_figures(shown, tmp_path, "report"))
+
+
+def test_names_alike_but_for_odd_characters_are_pictures_of_their_own(tmp_path: Path) -> None:
+    series = RecordedSeries(np.arange(2), np.ones(2))
+    names = ["train/loss", "train-loss", "train loss", "é" * 200]
+    view = RunView("a", {name: {ALL_LAYERS: series} for name in names}, [])
+    paths = write_figures([curves(name, [view]) for name in names], tmp_path, "report")
+    assert len(set(paths)) == len(list(tmp_path.iterdir())) == 4
+
+
+def test_runs_whose_names_begin_with_an_underscore_are_in_the_legend() -> None:
+    series = RecordedSeries(np.arange(2), np.ones(2))
+    views = [RunView(name, {"loss": {ALL_LAYERS: series}}, []) for name in ("_base", "_new")]
+    (legend,) = figures._curves(curves("loss", views)).legends
+    assert [text.get_text().strip() for text in legend.get_texts()] == ["_base", "_new"]

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import probes
-from probes.flight_recorder import MAX_COLUMNS, FlightRecorder
-from probes.flight_recorder_file import Layout, read_steps
+from probes.flight_recorder import MAX_COLUMNS, FlightRecorder, set_aside
+from probes.flight_recorder_file import FILE_NAME, Layout, read_steps
 from probes.record import Series, StepRecords
 
 
@@ -157,6 +157,21 @@ def test_nor_do_two_processes(tmp_path: Path) -> None:
     assert "BlockingIOError: another probe records to" in done.stderr
 
 
+def test_nor_do_two_processes_when_the_first_has_read_it(tmp_path: Path) -> None:
+    """POSIX gives a process's lock away as soon as it closes the file, which reading it does."""
+    recorder = FlightRecorder(tmp_path / FILE_NAME)
+    recorder.write(step_records(0, names(1)))
+    assert probes.read(tmp_path)["grad_norm/blocks.0"].steps.tolist() == [0]
+    with pytest.raises(BlockingIOError, match="another probe records to"):
+        FlightRecorder(recorder.path)
+    set_aside(recorder.path)
+    script = f"from probes.flight_recorder import FlightRecorder; FlightRecorder({str(recorder.path)!r})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "BlockingIOError: another probe records to" in done.stderr
+    recorder.close()
+    assert [records.step for records in read_steps(recorder.path)] == [0]
+
+
 def test_a_second_probe_in_one_directory_goes_without(tmp_path: Path) -> None:
     with probes.attach(nn.Linear(1, 1), log_dir=tmp_path):
         with pytest.warns(probes.ProbeWarning, match="no flight recorder and no incident folders"):
@@ -169,9 +184,10 @@ def test_where_files_cannot_be_mapped_training_goes_without(
     def no_device(*arguments: object) -> None:
         raise OSError(19, "No such device")
 
+    train(tmp_path, 5)
     monkeypatch.setattr("probes.flight_recorder.mmap.mmap", no_device)
     with pytest.warns(probes.ProbeWarning, match="no flight recorder and no incident folders: .*such device"):
-        train(tmp_path, 2)
+        train(tmp_path, 2)  # and the first session's is not read as this one's
     assert probes.read(tmp_path)["grad_norm/(all)"].steps.tolist() == [0, 1]
 
 
@@ -201,6 +217,7 @@ def test_a_full_disk_says_so_when_the_file_is_made(tmp_path: Path, monkeypatch: 
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         with pytest.raises(OSError, match="cannot write the flight recorder .* Choose a writable log_dir"):
             FlightRecorder(tmp_path / "f.bin", steps=512, values_per_step=1000)
+        assert (tmp_path / "f.bin").stat().st_size == 0  # what room there was is left to the training
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)

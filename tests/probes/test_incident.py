@@ -333,3 +333,40 @@ class TestLoggingBatches:
         probe.close()
         with pytest.raises(RuntimeError, match=r"probe\.log_batch\(\) after close"):
             probe.log_batch([1])
+
+
+def test_a_training_that_goes_back_to_a_checkpoint_has_folders_of_its_own(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    detectors = [Script({})]
+    with probes.attach(
+        model, optimizer, log_dir=tmp_path, detectors=detectors, on_divergence="ignore"
+    ) as probe:
+        state = probe.state_dict()
+        for steps, at in ((302, 300), (50, 20)):
+            probe.load_state_dict(state)
+            detectors[0].alerts = {at: "divergence"}
+            for _ in range(steps):
+                optimizer.zero_grad()
+                model(torch.ones(1, 2)).sum().backward()
+                optimizer.step()
+    names = sorted(folder.name for folder in (tmp_path / "incidents").iterdir())
+    assert names == ["step-000020-non-finite", "step-000050-exit", "step-000300-non-finite"]
+
+
+def test_where_the_working_directory_is_gone_a_probe_is_attached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert incident.environment()["directory"] == "(deleted)"
+    probes.attach(nn.Linear(1, 1), log_dir=tmp_path).close()
+
+
+@pytest.mark.parametrize("kind", ["x" * 300, "日" * 100], ids=["letters", "wide letters"])
+def test_a_kind_of_ones_own_may_have_a_long_name(tmp_path: Path, kind: str) -> None:
+    alert = Alert(1, "0", "grad_norm", "warning", 2.0, 1.0, "it is large.", kind=kind)
+    train(tmp_path, 2, {}, detectors=[Spoken({1: alert})])
+    (folder,) = (tmp_path / "incidents").iterdir()
+    assert folder.name.startswith(f"step-000001-{kind[:50]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,16 @@ def test_alerts_come_back_in_full(tmp_path: Path, sink_type: type) -> None:
     assert probes.read(tmp_path).alerts == [ALERT]
 
 
+@pytest.mark.parametrize("sink_type", [JsonLinesSink, TensorBoardSink])
+def test_alerts_of_layers_with_odd_names_come_back(tmp_path: Path, sink_type: type) -> None:
+    alerts = [replace(ALERT, layer=f"a\n{text}\n") for text in ("<!-- {} -->", "-->", "`</script>|*", "/")]
+    sink = sink_type(tmp_path / "run.jsonl" if sink_type is JsonLinesSink else tmp_path)
+    for alert in alerts:
+        sink.write_alert(alert)
+    sink.close()
+    assert probes.read(tmp_path).alerts == alerts
+
+
 def test_alerts_of_an_older_file_come_back(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     JsonLinesSink(path).close()
@@ -101,6 +112,14 @@ def test_a_json_lines_file_killed_at_its_first_line_is_begun_anew(tmp_path: Path
     assert probes.read(path) == {}
     write_three_steps(JsonLinesSink(path))
     assert probes.read(path)["grad_norm/a"].steps.tolist() == [0, 1, 2]
+
+
+def test_a_file_of_another_program_is_not_emptied(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text('{"lr": 0.1}')
+    with pytest.raises(OSError, match="it holds something else.*Choose a writable path"):
+        JsonLinesSink(path)
+    assert path.read_text() == '{"lr": 0.1}'
 
 
 def test_half_a_line_is_ended_by_the_next_process(tmp_path: Path) -> None:
@@ -172,6 +191,14 @@ def test_reading_foreign_or_newer_json_lines(tmp_path: Path) -> None:
         path.write_text(header + "\n")
         with pytest.raises(ValueError, match="version 1 or older"):
             probes.read(path)
+
+
+def test_json_lines_of_another_program_are_passed_over(tmp_path: Path) -> None:
+    write_three_steps(TensorBoardSink(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    assert probes.read(tmp_path)["grad_norm/a"].steps.tolist() == [0, 1, 2]
+    write_three_steps(JsonLinesSink(tmp_path / "run.jsonl"))
+    assert "attention/entropy/a/head_2" in probes.read(tmp_path)
 
 
 def test_memory_is_bounded_and_keeps_the_newest() -> None:

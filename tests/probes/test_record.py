@@ -18,6 +18,7 @@ def test_tags_name_quantity_layer_call_and_head() -> None:
     "series",
     [
         Series("head_0", "grad_norm"),
+        Series("tasks.a/head_0", "grad_norm"),
         Series("call_1", "attention/entropy", head=2),
         Series("blocks.0", "attention/entropy", head=3, call=1),
         Series("(all)", "loss/head_0"),

@@ -16,6 +16,7 @@ import probes
 from probes.flight_recorder_file import read_steps
 from probes.record import Series, StepRecords
 from probes.report import write_report
+from probes.sessions import Recorded
 from probes.sinks import JsonLinesSink, TensorBoardSink
 from probes.sinks.sink import Sink
 from stability.divergence import Alert
@@ -50,6 +51,41 @@ def test_a_later_session_takes_the_place_of_an_earlier_one_from_its_first_step_o
     if sink_type is TensorBoardSink:
         assert run["alert/non-finite/a"].steps.tolist() == ([3, 8] if first else [8])
     assert all(path.read_bytes().startswith(content) for path, content in before.items())
+
+
+@pytest.mark.parametrize("sink_type", [JsonLinesSink, TensorBoardSink])
+def test_steps_and_alerts_that_a_session_went_back_behind_are_void(tmp_path: Path, sink_type: type) -> None:
+    sink = sink_in(tmp_path, sink_type)
+    for steps, value, broken in ((range(20), 1.0, 15), (range(6, 12), 2.0, 9), (range(10, 11), 3.0, None)):
+        for step in steps:
+            sink.write(
+                StepRecords(step, (Series("a", "grad_norm"),), np.array([value]), np.full(1, math.nan))
+            )
+            if step == broken:  # a detector may speak of an earlier step
+                sink.write_alert(dataclasses.replace(ALERT, step=step))
+                sink.write_alert(dataclasses.replace(ALERT, step=step - 1))
+    sink.close()
+    run = probes.read(tmp_path)
+    assert run["grad_norm/a"].steps.tolist() == list(range(11))
+    assert run["grad_norm/a"].values.tolist() == [1.0] * 6 + [2.0] * 4 + [3.0]
+    assert [alert.step for alert in run.alerts] == [9, 8]
+
+
+def test_what_a_later_session_leaves_is_not_gone_through_again(tmp_path: Path) -> None:
+    run = Recorded()
+    lengths = []
+
+    class Counting(dict):
+        def items(self) -> object:
+            lengths.append(len(self))
+            return super().items()
+
+    for first in range(0, 200, 2):
+        session = Recorded([("grad_norm/a", step, 1.0) for step in range(first, first + 3)])
+        run.go_on_with(session)
+        run.values["grad_norm/a"] = Counting(run.values["grad_norm/a"])
+    assert list(run.values["grad_norm/a"]) == list(range(201))
+    assert lengths == []  # else a run of many sessions would take the square of their number
 
 
 @pytest.mark.parametrize("sink_type", [JsonLinesSink, TensorBoardSink])

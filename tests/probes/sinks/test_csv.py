@@ -6,9 +6,11 @@ import csv
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from probes.record import Series, StepRecords
 from probes.sinks import CsvSink
 from tests.probes.sinks.step_records import DIVERGENCE, RECORDS, step_records
 
@@ -43,22 +45,51 @@ def test_each_step_is_on_disk_at_once(tmp_path: Path) -> None:
     sink.close()
 
 
-@pytest.mark.parametrize("is_cut_short", [True, False])
-def test_a_table_is_continued(tmp_path: Path, is_cut_short: bool) -> None:
+WHOLE = "1,a,grad_norm,12.5,,0,,exact,,"
+
+
+# A process that is killed, or a full disk, leaves half a row: half of 12.5 is 12, and an open quote would
+# take in all that follows.
+@pytest.mark.parametrize(
+    ("half", "row"),
+    [
+        ("", []),
+        ("1,a,grad", []),
+        ("1,a,grad_norm,12", []),
+        ('1,a,alert/dead,1.0,,0,,exact,,"it is dead, wh', []),
+        ('1,"a\nb', []),
+        (WHOLE, [WHOLE.split(",")]),
+    ],
+)
+def test_a_table_is_continued(tmp_path: Path, half: str, row: list[list[str]]) -> None:
     path = tmp_path / "run.csv"
     first = CsvSink(path)
     first.write(step_records(0))
     first.close()
-    if is_cut_short:  # a killed process was writing a line
-        with path.open("a") as file:
-            file.write("1,blocks.0,grad")
+    with path.open("a") as file:
+        file.write(half)
     second = CsvSink(path)
     second.write(step_records(1))
     second.close()
     with path.open(newline="") as file:
         rows = list(csv.reader(file))
-    assert [row[0] for row in rows] == ["step", *"000000", *(["1"] if is_cut_short else []), *"111111"]
+    assert rows[7:-6] == row
+    assert [row[0] for row in rows[:7] + rows[-6:]] == ["step", *"000000", *"111111"]
     assert rows.count(HEADER.split(",")) == 1
+
+
+def test_a_header_cut_short_is_written_anew(tmp_path: Path) -> None:
+    (tmp_path / "run.csv").write_text(HEADER[:20])
+    sink = CsvSink(tmp_path / "run.csv")
+    sink.close()
+    assert sink.path.read_text() == f"{HEADER}\n"
+
+
+def test_a_name_that_utf_8_cannot_hold(tmp_path: Path) -> None:
+    sink = CsvSink(tmp_path / "run.csv")
+    sink.write(StepRecords(0, (Series("caf\udce9", "grad_norm"),), np.ones(1), np.ones(1)))
+    sink.close()
+    assert "caf?,grad_norm,1.0" in sink.path.read_text()
 
 
 def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

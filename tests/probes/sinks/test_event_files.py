@@ -115,6 +115,19 @@ def test_sessions_of_one_second_are_read_in_their_order(
     assert steps_of(tmp_path) == [*range(150)]
 
 
+def test_sessions_are_read_in_their_order_though_the_clock_was_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for first, now in ((0, 5000.0), (3, 4000.0), (5, 4000.0)):
+        monkeypatch.setattr("probes.sinks.event_files.time.time", lambda now=now: now)
+        files = EventFiles(tmp_path, BUDGET)
+        write(files, range(first, first + 4))
+        files.close()
+    paths = sorted(tmp_path.iterdir(), key=begun_at)
+    assert [steps_of(path)[0] for path in paths] == [0, 3, 5]
+    assert paths == sorted(paths)  # TensorBoard goes by their names
+
+
 def test_what_others_wrote_is_left_alone(tmp_path: Path) -> None:
     other = tmp_path / "events.out.tfevents.1.host.1.0"
     other.write_bytes(b"x" * 2 * BUDGET)

@@ -50,6 +50,17 @@ def test_rows_that_are_nearly_empty_are_left_out_and_gaps_are_masked() -> None:
     assert np.ma.getmaskarray(values)[:, :4].tolist() == [[False, False, False, True], [False] * 4]
 
 
+def test_a_training_that_was_taken_back_shows_its_last_attempt() -> None:
+    heat_map = HeatMap()
+    rows = heat_map.rows(["a"])
+    for steps, value in ((range(0, 100, 10), 1.0), (range(45, 65, 10), 2.0)):
+        for step in steps:
+            heat_map.add(step, rows, np.array([value]))
+    assert heat_map.steps == [0, 10, 20, 30, 40, 45, 55]
+    _, values = heat_map.shown([])
+    assert values.tolist() == [[1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0]]
+
+
 def pixels(values: np.ndarray, **arguments: object) -> np.ndarray:
     from PIL import Image
 

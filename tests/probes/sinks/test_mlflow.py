@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import probes
+from probes.record import Series, StepRecords
 from probes.sinks import MLflowSink
 from tests.probes.sinks.step_records import DIVERGENCE, step_records
 
@@ -64,6 +67,22 @@ def test_a_run_is_given_layers_and_alerts(mlflow: Any, is_active: bool) -> None:
     assert metrics["probes/alert/gradient-explosion/blocks.0"] == 2.0
     tags = client.get_run(run_id).data.tags
     assert tags["probes/alert/gradient-explosion/blocks.0"] == str(DIVERGENCE)
+
+
+def test_every_layer_has_a_metric_whatever_its_name(mlflow: Any) -> None:
+    layers = ["a", "a/b", "a_b", "a(b", "x" * 300, "x" * 301, "caf\udce9"]
+    series = tuple(Series(layer, "grad_norm") for layer in layers)
+    with mlflow.start_run() as run:
+        sink = MLflowSink(every=1)
+        for step in range(2):
+            values = np.arange(len(layers)) + 10.0 * step
+            sink.write(StepRecords(step, series, values, np.full(len(layers), math.nan)))
+        sink.write_alert(replace(DIVERGENCE, layer="caf\udce9"))
+        sink.close()
+    metrics = mlflow.MlflowClient().get_run(run.info.run_id).data.metrics
+    of_layers = {name: value for name, value in metrics.items() if name.startswith("probes/grad_norm/")}
+    assert sorted(of_layers.values()) == [10.0 + i for i in range(len(layers))]
+    assert {name[17:] for name in of_layers} >= {"a", "a_b", "a_b_2", "a_b_3", "caf_"}
 
 
 def test_a_step_of_more_metrics_than_a_request_may_have_is_split(mlflow: Any) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 import probes
 from probes.record import ALL_LAYERS, Series, StepRecords
 from probes.sinks import TensorBoardSink
+from probes.sinks.heat_map_picture import heat_map_png
 from stability.divergence import Alert
 
 LAYERS = ["embed", "blocks.0", "blocks.1", "head"]
@@ -117,6 +118,16 @@ def test_markers_of_alerts_have_no_parentheses(tmp_path: Path) -> None:
     assert [a.layer for a in probes.read(tmp_path).alerts] == ["blocks.1", ALL_LAYERS]
 
 
+def test_texts_that_utf_8_cannot_hold(tmp_path: Path) -> None:
+    """As the command line of a script that was given a file of another encoding."""
+    name = "caf\udce9"
+    sink = TensorBoardSink(tmp_path, configuration={"command": name}, hparams={name: name})
+    sink.write(step_records(0))
+    sink.write_alert(replace(alert(0), layer=name))
+    sink.close()
+    assert probes.read(tmp_path).alerts == [replace(alert(0), layer=name)]
+
+
 def test_hparams_sort_by_the_peak_gradient_norm(tmp_path: Path) -> None:
     from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data
     from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data as parse_start
@@ -164,6 +175,39 @@ def test_a_long_run_keeps_its_alerts_its_layout_and_one_picture(tmp_path: Path) 
     events = accumulated(tmp_path)
     assert events.Images("heat_map/grad_norm")[-1].step == 3999
     assert events.Tensors("custom_scalars__config__")
+
+
+def test_pictures_do_not_point_at_what_the_training_went_back_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pointed: list[object] = []
+
+    def draw(*arguments: object, onsets: list[tuple[str, int]], **options: object) -> bytes:
+        pointed[:] = onsets
+        return heat_map_png(*arguments, onsets=onsets, **options)
+
+    monkeypatch.setattr("probes.sinks.tensorboard.heat_map_png", draw)
+    sink = TensorBoardSink(tmp_path)
+    for steps in (range(9), range(5, 7)):
+        for step in steps:
+            sink.write(step_records(step))
+            if step in (3, 8):
+                sink.write_alert(alert(step))
+    sink.close()
+    assert [step for _, step in pointed] == [3]
+
+
+def test_a_step_of_two_parts_is_in_one_file(tmp_path: Path) -> None:
+    """A file is read as a session: it would make void what the one before holds of its first step."""
+    sink = TensorBoardSink(tmp_path, max_megabytes=1)
+    for step in range(230):
+        for quantity, count in (("grad_norm", 1300), ("weight_norm", 200)):
+            series = tuple(Series(f"m.{layer}", quantity) for layer in range(count))
+            sink.write(StepRecords(step, series, np.ones(count), np.full(count, math.nan)))
+    sink.close()
+    run = probes.read(tmp_path)
+    assert len(list(tmp_path.iterdir())) > 1
+    assert run["grad_norm/m.0"].steps.tolist() == run["weight_norm/m.0"].steps.tolist()
 
 
 @pytest.mark.parametrize(("max_megabytes", "most"), [(10, 1000), (1, 400)])

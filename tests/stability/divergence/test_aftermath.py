@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from stability.divergence import Alert, EpisodeDetector, default_detectors
+from stability.divergence import ALL_LAYERS, Alert, EpisodeDetector, default_detectors
+from stability.divergence.aftermath import Aftermath
 from stability.divergence.detector import EVENTS
 from stability.divergence.remedies import REMEDIES
-from tests.stability.divergence.series import Scripted, Step, verdicts, with_fault
+from tests.stability.divergence.series import Scripted, Step, num_calls, verdicts, with_fault
 
 SPIKE = Alert(10, "b", "grad_norm", "warning", 50.0, 0.1, "it grew.", "gradient-explosion", 9)
 COLLAPSE = Alert(20, "a", "entropy", "warning", 0.4, 3.0, "rows fell.", "entropy-collapse", 18, spread=("c",))
@@ -127,6 +128,25 @@ def test_events_are_kinds_of_detectors() -> None:
 def test_kinds_of_ones_own_may_stay_too() -> None:
     fever = Alert(20, "a", "temperature", "warning", 40.0, 37.0, "it is hot.", "fever")
     assert len(hear(SPIKE, fever, levels={100: 40.0}, quantity="temperature")) == 2
+
+
+def test_kinds_of_ones_own_need_no_name() -> None:
+    names = ("temperature", "pulse")
+    alerts = [Alert(20, "a", name, "warning", 40.0, 37.0, f"{name} rose.") for name in names]
+    alerts.append(Alert(20, ALL_LAYERS, "pressure", "warning", 40.0, 37.0, "it rose."))
+    now = {**{name: {"a": 41.0} for name in names}, "pressure": {ALL_LAYERS: 42.0}}
+    steps = [(step, now if step == 100 else {}) for step in range(300)]
+    _, left = verdicts(EpisodeDetector([Scripted(SPIKE, *alerts)]), steps)
+    assert left.reason.endswith("So have pulse in a (41), pressure in (all) (42).")
+    assert left.spread == ()  # (all) is no other layer
+
+
+def test_ten_times_the_conditions_are_ten_times_the_work() -> None:
+    def calls(number: int) -> int:
+        alerts = [replace(COLLAPSE, layer=f"layer.{i}") for i in range(number)]
+        return num_calls(lambda: Aftermath(SPIKE).take([*alerts, *alerts]))
+
+    assert calls(300) < 11 * calls(30)
 
 
 def test_of_real_detectors_a_collapse_behind_a_spike_is_told() -> None:
