@@ -135,8 +135,9 @@ def _facts(groups: ByQuantity, taken: ByQuantity) -> dict[str, str]:
     if num_left_out := len(_left_out(groups)):
         facts["of these, recorded without an update"] = f"{num_left_out}, which the other numbers leave out"
     if ALL_LAYERS in taken.get("loss", {}):
-        loss = taken["loss"][ALL_LAYERS].values
-        facts["loss, first and last"] = f"{number(loss[0])}, {number(loss[-1])}"
+        loss = taken["loss"][ALL_LAYERS]
+        facts["loss, first and last"] = f"{number(loss.values[0])}, {number(loss.values[-1])}"
+        facts["largest loss"] = _extreme({ALL_LAYERS: loss}, largest=True)
     whole = taken.get("grad_norm", {}).get(ALL_LAYERS)
     if whole is not None:
         facts["largest gradient norm, whole model"] = _extreme({ALL_LAYERS: whole}, largest=True)
