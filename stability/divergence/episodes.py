@@ -1,4 +1,4 @@
-"""Several detectors as one voice: what follows from one fault is one alert."""
+"""Several detectors as one voice: what follows from one fault is one alert, unless it is graver or stays."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Episode(NamedTuple):
 
 
 class EpisodeDetector:
-    """Hears several detectors and speaks once per episode, naming where it began.
+    """Hears several detectors and speaks once per episode, naming where it began; again of what is graver.
 
     An episode opens with the first verdict: of several at that step the one with the earliest onset. Later
     verdicts are its consequences for as long as none is ``quiet_steps`` after the one before, and are not
