@@ -111,7 +111,7 @@ class AlertAction:
         elif self._on_divergence == "raise" and alert.severity == "divergence":
             raise DivergenceError(alert, remark)
         elif self._on_divergence != "ignore" and self._warns:
-            kind = (alert.kind or alert.quantity, alert.severity)
+            kind = (alert.name, alert.severity)
             if kind not in self._warned:
                 self._warned.add(kind)
                 _print(alert, remark)
@@ -129,7 +129,7 @@ def _print(alert: Alert, remark: str) -> None:
     except ImportError:
         return
     lines = [f"{alert.reason}{remark}", *(f"• {remedy}" for remedy in alert.remedies)]
-    title = f"step {alert.step}: {alert.kind or alert.quantity} in {alert.layer}"
+    title = f"step {alert.step}: {alert.name} in {alert.layer}"
     colour = "red" if alert.severity == "divergence" else "yellow"
     Console(stderr=True).print(
         Panel(Text("\n".join(lines)), title=Text(title), border_style=colour, title_align="left")

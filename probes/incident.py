@@ -103,7 +103,7 @@ class IncidentWriter:
             return None
         self._num_written[gravity] += 1
         self._last_step = gravest.step
-        return self._write(gravest.kind or gravest.quantity, gravest.step, gravest, None, layers)
+        return self._write(gravest.name, gravest.step, gravest, None, layers)
 
     def see_end(self, step: int, error: BaseException | None, layers: Sequence[str]) -> None:
         """Writes a folder if the training ends by an exception, or after an alert.

@@ -115,7 +115,7 @@ def _tables(incident: Incident) -> Iterable[tuple[str, list[list[str]]]]:
     alert = incident.alert
     if alert is not None:
         facts = [
-            ["verdict", f"{alert.kind or alert.quantity}, {alert.severity}"],
+            ["verdict", f"{alert.name}, {alert.severity}"],
             ["layer", f"`{alert.layer}`"],
             ["quantity", f"{alert.quantity} ({unit(alert.quantity)})"],
             ["seen at step", str(alert.step)],
@@ -143,7 +143,7 @@ def _tables(incident: Incident) -> Iterable[tuple[str, list[list[str]]]]:
 
 
 def _of_alerts(alerts: Sequence[Alert]) -> list[list[str]]:
-    rows = [[str(a.step), a.severity, a.kind or a.quantity, f"`{a.layer}`", a.reason] for a in alerts]
+    rows = [[str(a.step), a.severity, a.name, f"`{a.layer}`", a.reason] for a in alerts]
     return [["step", "severity", "kind", "layer", "reason"], *rows]
 
 

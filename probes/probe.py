@@ -273,7 +273,7 @@ class Probe:
             ["records in memory", f"{len(self._delivery.memory):,}"],
             ["attention calls", f"{len(sites) - unseen} seen, {unseen} not"],
             ["alerts", str(len(self.alerts))],
-            *([alert.kind or alert.quantity, str(alert)] for alert in self.alerts[-_SHOWN_ALERTS:]),
+            *([alert.name, str(alert)] for alert in self.alerts[-_SHOWN_ALERTS:]),
         ]
         return html_table(("", ""), facts)
 

@@ -111,7 +111,7 @@ def alert_marker(alert: Alert) -> tuple[Series, float]:
         >>> series.tag, value
         ('alert/dead/blocks.0', 1.0)
     """
-    series = Series(alert.layer, f"alert/{alert.kind or alert.quantity}")
+    series = Series(alert.layer, f"alert/{alert.name}")
     return series, 2.0 if alert.severity == "divergence" else 1.0
 
 

@@ -72,7 +72,7 @@ def html(runs: Sequence[ReportedRun], shown: Sequence[HeatMap | Curves]) -> str:
             newest = one.alerts[-MAX_ALERTS:]
             of = f" in {one.view.name}" if several else ""
             parts.append(f"<h2>{escape(f'Alerts{of}, the last {len(newest)} of {len(one.alerts)}')}</h2>")
-            rows = [[str(a.step), a.severity, a.kind or a.quantity, f"`{a.layer}`", a.reason] for a in newest]
+            rows = [[str(a.step), a.severity, a.name, f"`{a.layer}`", a.reason] for a in newest]
             parts.append(html_table(["step", "severity", "kind", "layer", "reason"], rows))
     return document(f"{run.view.name}: {run.story.title}", run.story.sentence, parts)
 

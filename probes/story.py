@@ -92,7 +92,7 @@ def tell(
 
 def _of_alert(alert: Alert) -> Story:
     sentence = describe(replace(alert, remedies=()))
-    what = (alert.kind or alert.quantity).replace("-", " ")
+    what = alert.name.replace("-", " ")
     return Story(
         f"{what} {where(alert.layer)}",
         f"{sentence[0].upper()}{sentence[1:]}.",
@@ -107,7 +107,7 @@ def _of_alert(alert: Alert) -> Story:
 
 def describe(alert: Alert) -> str:
     """An alert as a clause: what, where, when, evidence, spread, remedies."""
-    what = (alert.kind or alert.quantity).replace("-", " ")
+    what = alert.name.replace("-", " ")
     place = where(alert.layer, "`")
     parts = [f"{what} ({alert.severity}) began {place} at step {onset(alert)}: {alert.reason.rstrip('.')}"]
     if len(alert.evidence) > 1:
@@ -124,7 +124,7 @@ def describe(alert: Alert) -> str:
 
 def in_short(alert: Alert, quote: str = "") -> str:
     """An alert in a list of others: kind, where and when."""
-    what = (alert.kind or alert.quantity).replace("-", " ")
+    what = alert.name.replace("-", " ")
     return f"{what} {where(alert.layer, quote)} at step {alert.step}"
 
 

@@ -95,7 +95,7 @@ def _status(records: StepRecords, speed: float, num_alerts: int, alert: Alert | 
                 worst = size, series.layer, value
     parts += logged[:_MAX_LOGGED]
     if num_alerts and alert is not None:
-        what = (alert.kind or alert.quantity).replace("-", " ")
+        what = alert.name.replace("-", " ")
         parts.append(f"{num_alerts} alert{'s' if num_alerts > 1 else ''}: {what} in {alert.layer}")
     if worst is not None:
         parts.append(f"largest gradient {worst[2]:.3g} in {worst[1]}")

@@ -124,9 +124,8 @@ class MLflowSink:
         known = self._names.get(series.tag)
         if known is None:
             # A local file store has a file for each metric: none may be the directory of another.
-            layer = (
-                series.tag.removeprefix(f"{series.quantity}/").replace("/call_", ".call_").replace("/", "_")
-            )
+            layer = series.tag.removeprefix(f"{series.quantity}/")
+            layer = layer.replace("/call_", ".call_").replace("/", "_")
             known = full = "probes/" + _NOT_IN_A_NAME.sub("_", f"{series.quantity}/{layer}")[:_MAX_NAME]
             number = 1
             while known in self._taken:

@@ -65,7 +65,7 @@ class WandbSink:
         series, value = alert_marker(alert)
         run.log({STEP: alert.step, f"probes/{series.tag}": value})
         run.alert(
-            title=f"{alert.kind or alert.quantity} in {alert.layer}",
+            title=f"{alert.name} in {alert.layer}",
             text="\n".join([str(alert), *(f"* {remedy}" for remedy in alert.remedies)]),
             level="ERROR" if alert.severity == "divergence" else "WARN",
         )

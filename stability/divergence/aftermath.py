@@ -71,7 +71,7 @@ class Aftermath:
             f"{value:.3g} now."
         )
         if others:
-            also = ", ".join(f"{_name(alert)} in {alert.layer} ({value:.3g})" for alert, value in others)
+            also = ", ".join(f"{alert.name} in {alert.layer} ({value:.3g})" for alert, value in others)
             reason += f" So {'has' if len(others) == 1 else 'have'} {also}."
         spread = dict.fromkeys(layer for alert, _ in staying for layer in (alert.layer, *alert.spread))
         for layer in (first.layer, ALL_LAYERS):
@@ -93,11 +93,7 @@ class Aftermath:
 
 
 def _condition(alert: Alert) -> tuple[str, str]:
-    return _name(alert), alert.layer
-
-
-def _name(alert: Alert) -> str:
-    return alert.kind or alert.quantity
+    return alert.name, alert.layer
 
 
 def _has_stayed(alert: Alert, value: float) -> bool:

@@ -61,6 +61,11 @@ class Alert:
     rank: int | None = None
 
     @property
+    def name(self) -> str:
+        """Its kind, or the quantity of one that has none."""
+        return self.kind or self.quantity
+
+    @property
     def is_event(self) -> bool:
         """Whether it tells of what happened (a jump, a spike) rather than of what a layer is like since."""
         return self.kind in EVENTS
@@ -68,7 +73,7 @@ class Alert:
     @property
     def in_short(self) -> str:
         """What, where and when, for a list of others."""
-        return f"{self.kind or self.quantity} in {self.layer} at step {self.step}"
+        return f"{self.name} in {self.layer} at step {self.step}"
 
     def __str__(self) -> str:
         since = "" if self.onset_step in (None, self.step) else f", since step {self.onset_step}"

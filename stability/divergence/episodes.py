@@ -61,7 +61,7 @@ class Episode(NamedTuple):
         """The episode with later verdicts."""
         once: dict[tuple[str, str, int], Alert] = {}
         for alert in (self.origin, *self.consequences, *alerts):
-            once.setdefault((alert.kind or alert.quantity, alert.layer, alert.step), alert)
+            once.setdefault((alert.name, alert.layer, alert.step), alert)
         origin, *consequences = once.values()
         if any(alert.severity == "divergence" for alert in alerts):
             origin = replace(origin, severity="divergence")

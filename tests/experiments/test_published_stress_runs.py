@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from experiments.run_records import RecordedRun
 from experiments.stress_ledger import COLUMNS, markdown_table, read_runs
 from experiments.stress_seeds import markdown_table as seeds_table
 from experiments.stress_seeds import seeds_of, summarise
 from experiments.sustained_explosion import judge_long_run
-from stability.divergence import Alert, FrozenLayerDetector
+from stability.divergence import Alert, FrozenLayerDetector, Readings, default_detectors
+from tests.stability.divergence.series import verdicts
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
+
+
+def steps_of(run: RecordedRun, only: str = "") -> list[tuple[int, Readings]]:
+    """What detectors were given of a run, of all quantities or of one."""
+    steps: dict[int, dict[str, dict[str, float]]] = {}
+    for series, (at, values) in run.series.items():
+        if series.head is None and only in ("", series.quantity):
+            for step, value in zip(at.tolist(), values.tolist(), strict=True):
+                steps.setdefault(step, {}).setdefault(series.quantity, {})[series.layer] = value
+    return sorted(steps.items(), key=itemgetter(0))
 
 
 def cells(line: str) -> list[str]:
@@ -118,17 +131,7 @@ def test_the_detector_tells_of_frozen_layers():
     told: dict[str, list[int]] = {"softmax": [], "sigmoid": []}
     joined: dict[str, list[Alert]] = {}
     for name, run in read_runs([RESULTS / "stress-160m"]).items():
-        sizes: dict[int, dict[str, float]] = {}
-        for series, (steps, values) in run.series.items():
-            if series.quantity == "adam_update_rms":
-                for step, value in zip(steps.tolist(), values.tolist(), strict=True):
-                    sizes.setdefault(step, {})[series.layer] = value
-        detector = FrozenLayerDetector()
-        alerts = [
-            alert
-            for step in sorted(sizes)
-            for alert in detector.update(step, {"adam_update_rms": sizes[step]})
-        ]
+        alerts = verdicts(FrozenLayerDetector(), steps_of(run, "adam_update_rms"))
         told[run.facts["config"]["mechanism"]] += [alert.step for alert in alerts[:1]]
         joined[name] = alerts[1:]
     assert (len(told["sigmoid"]), told["sigmoid"].count(600), len(told["softmax"])) == (20, 18, 2)
@@ -136,3 +139,18 @@ def test_the_detector_tells_of_frozen_layers():
     (alert,) = joined["lead-sigmoid-seed0"]
     assert (alert.step, alert.layer) == (800, "blocks.0.mlp_norm")
     assert alert.spread == ("blocks.0.mlp.hidden", "blocks.0.mlp.output")
+
+
+@pytest.mark.slow
+def test_what_the_default_detectors_tell_of_all_runs():
+    """The numbers of docs/detectors.md: alerts, those of what stays, those of events after a condition."""
+    told: list[Alert] = []
+    for run in read_runs([RESULTS / "stress-160m"]).values():
+        (detector,) = default_detectors()
+        told += verdicts(detector, steps_of(run))
+    stayed = [alert.reason for alert in told if "and has stayed: " in alert.reason]
+    assert len(told) == 238
+    assert len(stayed) == 26
+    assert sum(", after loss-spike in" in reason for reason in stayed) == 15
+    assert sum("collapses" in reason or "entropy-collapse in" in reason for reason in stayed) == 10
+    assert sum(" It follows " in alert.reason for alert in told) == 17
