@@ -19,9 +19,10 @@ from stability.attention.dispatch import (
     choose,
     why_not_triton,
 )
+from stability.attention.kernel_call import choose_kernel
 from stability.attention.observers import notify
 from stability.attention.operands import make_operands
-from stability.attention.operator import attend, choose_kernel
+from stability.attention.operator import attend
 from stability.attention.validation import LogitTerms, check_dropout, check_value, logit_terms
 
 

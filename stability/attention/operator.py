@@ -1,8 +1,11 @@
 """Sigmoid attention by a kernel, as torch operators: ``stability::sigmoid_attention`` and its backward.
 
-An operator has a fake kernel, so torch.compile traces through it without running it, and a registered
-derivative. The backward operator has one as well: second derivatives are computed by the reference, which
-holds the n × n weights, and this is said once.
+An operator has a fake kernel, so torch.compile traces through it without running it, and a derivative. The
+backward operator has one as well: second derivatives are computed by the reference, which holds the n × n
+weights, and this is said once.
+
+Registered with the dispatcher directly: of the host's time for a layer, `torch.library.custom_op` and
+`register_autograd` would take a third, and a short training step waits for its host.
 
 Statistics of the rows. An implementation asked for statistics also fills, for every query row,
 
@@ -15,19 +18,22 @@ from the pass that computes the output and have no gradient. Unasked, both come 
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKeySet
+from torch._ops import OpOverload
 
-from stability.attention.dispatch import refuse, why_not_hopper
 from stability.attention.double_backward import differentiate_twice
+from stability.attention.kernel_call import compute_backward, compute_forward, empty_statistics
 from stability.attention.layout import empty_like_tokens
 from stability.attention.operands import Operands
 from stability.attention.packing import Packing
 
 Gradients = tuple[Tensor | None, ...]
+Kernel = Callable[..., tuple[Tensor, ...]]
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor bias, Tensor? score_bias, Tensor? key_lengths, "
@@ -75,107 +81,28 @@ def attend(
     )
 
 
-def choose_kernel(
-    operands: Operands,
-    implementation: str,
-    *,
-    scale: float,
-    is_causal: bool,
-    is_fast: bool,
-    needs_statistics: bool,
-) -> tuple[str, dict[str, str]]:
-    """The second half of the rule in `stability.attention.dispatch`: "hopper" or "triton", on real memory.
-
-    Args:
-        operands: The tensors.
-        implementation: "auto", "hopper" or "triton".
-        scale: Factor of q·k.
-        is_causal: Whether query i sees the keys j ≤ i only.
-        is_fast: Whether σ may come from tanh.approx.
-        needs_statistics: Whether statistics of the rows are asked for.
-
-    Returns:
-        The implementation's name, and the reason against "hopper" if "auto" passed over it.
-
-    Raises:
-        ValueError: "hopper" was asked for by name and cannot compute this.
-    """
-    if implementation == "triton":
-        return "triton", {}
-    reason = why_not_hopper(
-        operands.query,
-        operands.key,
-        operands.value,
-        is_packed=operands.query_offsets is not None,
-        needs_statistics=needs_statistics,
-        scale=scale,
-        **operands.logit_arguments,
-        is_causal=is_causal,
-        is_fast=is_fast,
-    )
-    if reason is None and implementation == "auto":
-        from stability.attention import hopper
-
-        reason = hopper.why_only_by_name()
-    if reason is None:
-        return "hopper", {}
-    if implementation == "hopper":
-        raise refuse({"hopper": reason})
-    return "triton", {"hopper": reason}
-
-
-@torch.library.custom_op(
-    "stability::sigmoid_attention",
-    mutates_args=(),
-    schema=f"({_TENSORS}, *, {_OPTIONS}, bool needs_statistics) -> (Tensor, Tensor, Tensor)",
+_LIBRARY = torch.library.Library("stability", "FRAGMENT")
+_LIBRARY.define(
+    f"sigmoid_attention({_TENSORS}, *, {_OPTIONS}, bool needs_statistics) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
-def _forward(*tensors: Any, needs_statistics: bool, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    operands, (row_sum, derivative_max) = Operands(*tensors), _empty_statistics(tensors[0], needs_statistics)
-    module, arguments = _prepare(operands, needs_statistics=needs_statistics, **options)
-    if needs_statistics:
-        arguments["statistics"] = row_sum, derivative_max
-    with torch.cuda.device_of(operands.query):  # Triton launches on the current device
-        output = module.forward(operands.query, operands.key, operands.value, **arguments)
-    return output, row_sum, derivative_max
+_LIBRARY.define(
+    f"sigmoid_attention_backward(Tensor grad_output, {_TENSORS}, *, {_OPTIONS}, bool needs_bias_grad, "
+    "bool needs_score_bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_forward = torch.ops.stability.sigmoid_attention.default
+_backward = torch.ops.stability.sigmoid_attention_backward.default
 
 
-@_forward.register_fake
+@torch.library.register_fake(_forward, lib=_LIBRARY)
 def _(*tensors: Any, needs_statistics: bool, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     operands = Operands(*tensors)
     output = empty_like_tokens(operands.query, operands.value.shape[3])
-    return output, *_empty_statistics(operands.query, needs_statistics)
+    return output, *empty_statistics(operands.query, needs_statistics)
 
 
-@torch.library.custom_op(
-    "stability::sigmoid_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_output, {_TENSORS}, *, {_OPTIONS}, bool needs_bias_grad, "
-    "bool needs_score_bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward(
-    grad_output: Tensor,
-    *tensors: Any,
-    needs_bias_grad: bool,
-    needs_score_bias_grad: bool,
-    **options: Any,
-) -> tuple[Tensor, ...]:
-    operands = Operands(*tensors)
-    module, arguments = _prepare(operands, needs_statistics=False, **options)
-    with torch.cuda.device_of(operands.query):
-        gradients = module.backward(
-            grad_output,
-            operands.query,
-            operands.key,
-            operands.value,
-            **arguments,
-            is_deterministic=torch.are_deterministic_algorithms_enabled(),
-            needs_bias_grad=needs_bias_grad,
-            needs_score_bias_grad=needs_score_bias_grad,
-        )
-    return tuple(operands.bias.new_empty(0) if grad is None else grad for grad in gradients)
-
-
-@_backward.register_fake
+@torch.library.register_fake(_backward, lib=_LIBRARY)
 def _(
     grad_output: Tensor,
     *tensors: Any,
@@ -192,88 +119,78 @@ def _(
     )
 
 
-def _keep_for_backward(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
-) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs)
-    ctx.options = {name: option for name, option in keyword_only_inputs.items() if name != "needs_statistics"}
+class _Forward(torch.autograd.Function):
+    """The output with its gradients by `_backward`."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, keyset: DispatchKeySet, options: dict[str, Any], *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = _below_autograd(_forward, keyset, tensors, options)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)  # of statistics, zeros would be made
+        ctx.save_for_backward(*tensors)
+        ctx.options = {name: option for name, option in options.items() if name != "needs_statistics"}
+        return outputs
 
-def _differentiate(ctx: Any, grad_output: Tensor, *_: Tensor) -> Gradients:
-    needs = ctx.needs_input_grad
-    grads = _backward(
-        grad_output,
-        *ctx.saved_tensors,
-        **ctx.options,
-        needs_bias_grad=needs[3],
-        needs_score_bias_grad=needs[4],
-    )
-    kept = (grad if is_needed else None for grad, is_needed in zip(grads, needs, strict=False))
-    return *kept, None, None, None, None
-
-
-def _keep_for_double_backward(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
-) -> None:
-    unasked = [
-        grad
-        for grad, name in zip(output[3:], ("needs_bias_grad", "needs_score_bias_grad"), strict=True)
-        if not keyword_only_inputs[name]
-    ]
-    ctx.mark_non_differentiable(*unasked)
-    ctx.save_for_backward(*inputs)
-    ctx.options = keyword_only_inputs
-
-
-def _differentiate_twice(ctx: Any, *grads_of_grads: Tensor) -> Gradients:
-    needs = ctx.needs_input_grad
-    return differentiate_twice(ctx.saved_tensors, grads_of_grads, needs, ctx.options)
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
-_backward.register_autograd(_differentiate_twice, setup_context=_keep_for_double_backward)
-
-
-def _prepare(
-    operands: Operands,
-    *,
-    max_tokens_q: int,
-    max_tokens_k: int,
-    scale: float,
-    is_causal: bool,
-    is_fast: bool,
-    implementation: str,
-    needs_statistics: bool,
-) -> tuple[ModuleType, dict[str, Any]]:
-    """The implementation's module, and what its functions take beside query, key and value."""
-    chosen, _ = choose_kernel(
-        operands,
-        implementation,
-        scale=scale,
-        is_causal=is_causal,
-        is_fast=is_fast,
-        needs_statistics=needs_statistics,
-    )
-    arguments: dict[str, Any] = {
-        "scale": scale,
-        **operands.logit_arguments,
-        "is_causal": is_causal,
-        "is_fast": is_fast,
-    }
-    if chosen == "hopper":
-        from stability.attention import hopper
-
-        return hopper, arguments
-    from stability.attention.triton import sigmoid
-
-    if operands.query_offsets is not None and operands.key_offsets is not None:
-        arguments["packing"] = Packing(
-            operands.query_offsets, operands.key_offsets, max_tokens_q, max_tokens_k
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Gradients:
+        needs = ctx.needs_input_grad[2:]
+        if grad_output is None:
+            return (None,) * (2 + len(needs))
+        grads = _backward(
+            grad_output,
+            *ctx.saved_tensors,
+            **ctx.options,
+            needs_bias_grad=needs[3],
+            needs_score_bias_grad=needs[4],
         )
-    return sigmoid, arguments
+        kept = (grad if is_needed else None for grad, is_needed in zip(grads, needs, strict=False))
+        return None, None, *kept, None, None, None, None
 
 
-def _empty_statistics(query: Tensor, needs_statistics: bool) -> tuple[Tensor, Tensor]:
-    make, shape = (query.new_zeros, query.shape[:3]) if needs_statistics else (query.new_empty, (0,))
-    return make(shape, dtype=torch.float32), make(shape, dtype=torch.float32)
+class _Backward(torch.autograd.Function):
+    """The gradients with theirs by the reference."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, keyset: DispatchKeySet, options: dict[str, Any], *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = _below_autograd(_backward, keyset, tensors, options)
+        needs = options["needs_bias_grad"], options["needs_score_bias_grad"]
+        ctx.mark_non_differentiable(
+            *(grad for grad, is_needed in zip(gradients[3:], needs, strict=True) if not is_needed)
+        )
+        ctx.save_for_backward(*tensors)
+        ctx.options = options
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *grads_of_grads: Tensor) -> Gradients:
+        needs = ctx.needs_input_grad[2:]
+        return None, None, *differentiate_twice(ctx.saved_tensors, grads_of_grads, needs, ctx.options)
+
+
+def _below_autograd(
+    operator: OpOverload, keyset: DispatchKeySet, tensors: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """Calls what computes an operator, fakes it or records it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *tensors, **options)
+
+
+def _register(operator: OpOverload, compute: Kernel, function: type[torch.autograd.Function]) -> None:
+    """Registers what computes an operator, whatever the device, and how it is differentiated."""
+
+    @torch._disable_dynamo  # called by the dispatcher, below what dynamo traces
+    def differentiate(keyset: DispatchKeySet, *tensors: Any, **options: Any) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors if tensor is not None):
+            return function.apply(keyset, options, *tensors)
+        return _below_autograd(operator, keyset, tensors, options)
+
+    _LIBRARY.impl(operator, torch._disable_dynamo(compute), "CompositeExplicitAutograd")
+    _LIBRARY.impl(operator, differentiate, "Autograd", with_keyset=True)
+
+
+_register(_forward, compute_forward, _Forward)
+_register(_backward, compute_backward, _Backward)

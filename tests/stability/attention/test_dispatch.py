@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.func import jvp
 
-from stability.attention import dispatch, explain, operator, sigmoid_attention
+from stability.attention import dispatch, explain, kernel_call, sigmoid_attention
 from stability.attention.call import AttentionCall
 from stability.attention.validation import LogitTerms, logit_terms
 
@@ -186,7 +186,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest
 
     module = SimpleNamespace(forward=forward, backward=backward)
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(operator, "_prepare", lambda operands, **_: (module, {}))
+    monkeypatch.setattr(kernel_call, "_prepare", lambda operands, **_: (module, {}))
     x = torch.randn(1, 1, 2, 4, requires_grad=True)
     sigmoid_attention(x, x, x).sum().backward()
     assert launched == [("forward", x.device), ("backward", x.device)]

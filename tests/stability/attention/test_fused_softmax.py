@@ -65,6 +65,22 @@ def test_lengths_of_self_attention_are_worked_out_once(monkeypatch: pytest.Monke
     assert len(calls) == 1
 
 
+def test_memory_keeps_the_order_of_axes_and_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    received = []
+
+    def remember(*tensors: Tensor) -> Tensor:
+        received.extend(tensors[:3])
+        return tensors[0]
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", remember)
+    query, key, value = (torch.randn(2, 9, 3, 8).transpose(1, 2) for _ in range(3))
+    lengths = torch.tensor([4, 9])
+    terms = terms_of(query, key, key_lengths=lengths, query_lengths=lengths)
+    output = fused_softmax.attend(query, key, value, terms, 0.0)
+    assert output.transpose(1, 2).is_contiguous()
+    assert all(tensor._is_view() and tensor.is_contiguous() for tensor in received)
+
+
 @pytest.mark.parametrize("query_lengths", [None, [0, 5, 9]])
 @pytest.mark.parametrize("key_lengths", [None, [4, 0, 7]])
 def test_lengths_mean_what_the_reference_means(

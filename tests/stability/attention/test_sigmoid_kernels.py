@@ -334,6 +334,39 @@ def test_it_compiles_into_one_graph(implementation: str) -> None:
 
 @compares
 @each_implementation
+def test_where_derivatives_come_from(implementation: str) -> None:
+    """Recomputed, cut off, or not wanted at all."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    leaves = [torch.randn(1, 2, 32, 64, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+    def attend(*leaves: Tensor) -> Tensor:
+        return sigmoid_attention(*leaves, implementation=implementation)
+
+    output = attend(*leaves)
+    expected = torch.autograd.grad(output.sum(), leaves)
+    recomputed = torch.utils.checkpoint.checkpoint(attend, *leaves, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(recomputed.sum(), leaves), expected)
+
+    class CutOff(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> None:
+            return None
+
+    CutOff.apply(attend(*leaves)).sum().backward()
+    assert all(leaf.grad is None for leaf in leaves)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            unrecorded = attend(*leaves)
+        assert not unrecorded.requires_grad
+        torch.testing.assert_close(unrecorded, output, rtol=0, atol=0)
+
+
+@compares
+@each_implementation
 def test_autocast_casts_the_inputs(implementation: str) -> None:
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
     query, key, value = (torch.randn(1, 2, 32, 64, device=DEVICE, requires_grad=True) for _ in range(3))

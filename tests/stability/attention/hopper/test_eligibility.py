@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stability.attention import dispatch
 from stability.attention.hopper import eligibility
+from stability.attention.kernel_call import choose_kernel
 from stability.attention.operands import Operands
-from stability.attention.operator import choose_kernel
 
 
 def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
