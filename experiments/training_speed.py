@@ -2,10 +2,10 @@
 
 In each round every contender trains for a turn, in an order drawn anew: half a turn that is not counted, then
 the turn. All share weights and optimizer, in one process. Told are median times, the ratio to each softmax
-contender round by round with a 95 % bootstrap interval, and what Amdahl's law predicts from what the GPU
-computes for attention alone.
+contender round by round with a 95 % bootstrap interval, the ratio of what the GPU computes, which is what a
+host that keeps up would give, and what Amdahl's law predicts of it from attention alone.
 
-    PYTHONPATH=. python -m experiments.training_speed --device cuda --out results    # one H200, three minutes
+    PYTHONPATH=. python -m experiments.training_speed --device cuda --out results    # one H200, four minutes
     PYTHONPATH=. python -m experiments.training_speed --device cuda --cases "eager*8192*" --rounds 15
     python -m experiments.training_speed --preset tiny --out runs/speed               # that it runs
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -124,6 +124,7 @@ def measure_case(
         functions[contender.name], attention[contender.name] = step, own
     turns = time_rounds(functions, dict.fromkeys(functions, steps), rounds=rounds, device=device)
     alone = attention_times(attention, device)
+    steps_on_gpu = gpu_milliseconds(functions, calls=2) if device == "cuda" else {}
     tokens = sum(case.lengths or [case.tokens] * case.batch)
     speeds = []
     for contender in found:
@@ -132,7 +133,7 @@ def measure_case(
         speeds.append(
             Speed(
                 contender.name, contender.kind, median, 1e3 * tokens / median,
-                of_layers, of_layers / median, turns[contender.name],
+                of_layers, of_layers / median, steps_on_gpu.get(contender.name), turns[contender.name],
             )
         )  # fmt: skip
     return speeds, failed
@@ -150,7 +151,12 @@ def attention_times(functions: dict[str, Callable[[], object]], device: str) -> 
     """
     if device == "cpu":
         return measure(functions, rounds=3, turn_ms=20.0, device=device)
-    return {name: gpu_times(function, calls=10)[0].total() for name, function in functions.items()}
+    return gpu_milliseconds(functions, calls=10)
+
+
+def gpu_milliseconds(functions: Mapping[str, Callable[[], object]], calls: int) -> dict[str, float]:
+    """What a GPU computes of a call, without the time in which it waits for its host."""
+    return {name: gpu_times(function, calls)[0].total() for name, function in functions.items()}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

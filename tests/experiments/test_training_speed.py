@@ -22,9 +22,9 @@ TINY = ["--preset", "tiny", "--rounds", "3"]
 CASE, PADDED = Case(2, 2, 32, 8), Case(2, 2, 32, 8, padding=0.5)
 
 
-def speed(name: str, kind: str, turns: list[float], attention: float) -> Speed:
+def speed(name: str, kind: str, turns: list[float], attention: float, on_gpu: float | None = None) -> Speed:
     median = sorted(turns)[len(turns) // 2]
-    return Speed(name, kind, median, 1.0, attention, attention / median, turns)
+    return Speed(name, kind, median, 1.0, attention, attention / median, on_gpu, turns)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,18 @@ def test_ratios_by_hand():
     assert fast.predicted == pytest.approx(99 / 87)
     assert fast.gap == pytest.approx(1.1 / (99 / 87) - 1)
     assert fast.needs_explanation  # 3.3 %
+
+
+def test_a_step_that_waits_for_its_host():
+    """Sigmoid's GPU needs 80 ms of 100; softmax's is busy all the time."""
+    theirs = speed("softmax", "softmax", [110.0] * 3, 40.0, 110.0)
+    (waits,) = ratios([speed("sigmoid", "ours", [100.0] * 3, 10.0, 80.0), theirs])
+    assert (waits.ratio, waits.gpu_ratio) == (1.1, 1.375)
+    assert waits.predicted == pytest.approx(110 / 80)
+    assert waits.gap == pytest.approx(-0.2)
+    assert not waits.needs_explanation
+    (computes,) = ratios([speed("sigmoid", "ours", [100.0] * 3, 10.0, 100.0), theirs])
+    assert computes.needs_explanation
 
 
 def test_the_range_over_processes(summary, tmp_path, capsys):
@@ -229,6 +241,7 @@ def test_every_contender_trains_on_a_gpu(mode, padding):
     torch._dynamo.reset()
     speeds, failed = measure_case(mode, case, 1, "cuda", rounds=1, steps=1)
     assert not failed
+    assert all(each.gpu_milliseconds > 0 for each in speeds)
     assert len(speeds) == len(speed_contenders(case, "cuda")) == (7 if padding else 6)
 
 
