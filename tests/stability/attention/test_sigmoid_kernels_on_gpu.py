@@ -219,6 +219,34 @@ def test_no_synchronisation() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("implementation", MODULES)
+def test_a_replayed_graph_computes_what_its_inputs_hold_by_then(implementation: str) -> None:
+    """Forward and backward, with lengths that change."""
+    leaves = [make(2, 4, 256, 64, dtype=torch.bfloat16, seed=seed).requires_grad_() for seed in range(3)]
+    lengths = torch.tensor([256, 10], device="cuda")
+    skip_if_refused(implementation, *leaves, key_lengths=lengths, query_lengths=lengths)
+
+    def run(name: str) -> tuple[Tensor, ...]:
+        output = sigmoid_attention(*leaves, key_lengths=lengths, query_lengths=lengths, implementation=name)
+        return output, *torch.autograd.grad(output.float().sin().sum(), leaves)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(implementation)  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(implementation)
+    for seed in (3, 6):
+        with torch.no_grad():
+            for i, leaf in enumerate(leaves):
+                leaf.copy_(make(*leaf.shape, dtype=leaf.dtype, seed=seed + i))
+            lengths.copy_(torch.tensor([7 * seed, 250]))
+        graph.replay()
+        torch.testing.assert_close(results, run("reference"), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("implementation", MODULES)
 def test_tensors_on_a_device_that_is_not_the_current_one(implementation: str) -> None:
