@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -48,6 +48,7 @@ from experiments.training_speed_report import Speed, markdown, ratios
 
 DEFAULT_OUT = Path("runs/training-speed")
 BACKEND = "inductor"
+_GENERAL = ("void at::native", "Memcpy", "Memset")  # kernels and copies of every part of a step
 
 
 @dataclass(frozen=True)
@@ -123,40 +124,56 @@ def measure_case(
         found.append(contender)
         functions[contender.name], attention[contender.name] = step, own
     turns = time_rounds(functions, dict.fromkeys(functions, steps), rounds=rounds, device=device)
-    alone = attention_times(attention, device)
-    steps_on_gpu = gpu_milliseconds(functions, calls=2) if device == "cuda" else {}
+    computed = {}
+    if device == "cuda":
+        computed = {name: gpu_share(functions[name], attention[name], num_layers) for name in functions}
+        alone = {name: share.alone for name, share in computed.items()}
+    else:
+        both_passes = measure(attention, rounds=3, turn_ms=20.0, device=device)
+        alone = {name: num_layers * milliseconds for name, milliseconds in both_passes.items()}
     tokens = sum(case.lengths or [case.tokens] * case.batch)
     speeds = []
     for contender in found:
         median = float(np.median(turns[contender.name]))
-        of_layers = num_layers * alone[contender.name]
+        share = computed.get(contender.name)
         speeds.append(
             Speed(
                 contender.name, contender.kind, median, 1e3 * tokens / median,
-                of_layers, of_layers / median, steps_on_gpu.get(contender.name), turns[contender.name],
+                alone[contender.name], alone[contender.name] / median,
+                None if share is None else share.step, None if share is None else share.in_step,
+                turns[contender.name],
             )
         )  # fmt: skip
     return speeds, failed
 
 
-def attention_times(functions: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
-    """Milliseconds of attention by itself, forward and backward.
+@dataclass(frozen=True)
+class GpuShare:
+    """What a GPU computes of a training step, without the time in which it waits for its host.
 
-    On a GPU that of its kernels: a training launches them long before their turn, attention alone would wait
-    for its host.
+    Attributes:
+        step: Milliseconds a step.
+        in_step: Of these, attention's own kernels: those that attention alone launches, PyTorch's general
+            ones left out, since the rest of the step has them too.
+        alone: Attention of all layers by itself, forward and backward.
+    """
+
+    step: float
+    in_step: float
+    alone: float
+
+
+def gpu_share(step: Callable[[], object], attention: Callable[[], object], num_layers: int) -> GpuShare:
+    """Profiles a step, and attention by itself.
 
     Args:
-        functions: Contender → both passes.
-        device: "cpu" or "cuda".
+        step: Of the training.
+        attention: Both passes of one layer's attention.
+        num_layers: Of the model.
     """
-    if device == "cpu":
-        return measure(functions, rounds=3, turn_ms=20.0, device=device)
-    return gpu_milliseconds(functions, calls=10)
-
-
-def gpu_milliseconds(functions: Mapping[str, Callable[[], object]], calls: int) -> dict[str, float]:
-    """What a GPU computes of a call, without the time in which it waits for its host."""
-    return {name: gpu_times(function, calls)[0].total() for name, function in functions.items()}
+    of_step, of_attention = gpu_times(step, calls=2)[0], gpu_times(attention, calls=10)[0]
+    own = (name for name in of_attention if not name.startswith(_GENERAL))
+    return GpuShare(of_step.total(), sum(of_step[name] for name in own), num_layers * of_attention.total())
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

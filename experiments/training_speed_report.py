@@ -36,6 +36,7 @@ class Speed:
         attention_milliseconds: Attention of all layers, forward and backward, by itself, on the GPU.
         attention_share: Of the step's time.
         gpu_milliseconds: What the GPU computes of a step; the rest it waits for its host. None on the CPU.
+        attention_in_step: Milliseconds of these in attention's own kernels. None on the CPU.
         turns: Milliseconds a step, round by round.
     """
 
@@ -46,6 +47,7 @@ class Speed:
     attention_milliseconds: float
     attention_share: float
     gpu_milliseconds: float | None
+    attention_in_step: float | None
     turns: list[float]
 
 
@@ -142,14 +144,15 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
         Markdown.
     """
     lines = [
-        "| case | contender | ms a step | on the GPU | valid tokens a second | attention |",
-        "|---|---|---|---|---|---|",
+        "| case | contender | ms a step | on the GPU | its attention | alone | valid tokens a second |",
+        "|---|---|---|---|---|---|---|",
     ]
     for result in results:
         lines += [
             f"| {result['case']} | {speed['name']} | {speed['milliseconds']:.2f} | "
-            f"{_or_dash(speed['gpu_milliseconds'], '.2f')} | "
-            f"{speed['tokens_per_second']:,.0f} | {speed['attention_share']:.0%} |"
+            f"{_or_dash(speed['gpu_milliseconds'], '.2f')} | {_or_dash(speed['attention_in_step'], '.2f')} | "
+            f"{speed['attention_milliseconds']:.2f} ({speed['attention_share']:.0%}) | "
+            f"{speed['tokens_per_second']:,.0f} |"
             for speed in result["speeds"]
         ]
     lines += [

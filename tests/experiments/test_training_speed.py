@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from experiments import training_speed
 from experiments.attention_contenders import Case, Contender
-from experiments.training_speed import PRESETS, case_name, main, measure_case
+from experiments.training_speed import PRESETS, case_name, gpu_share, main, measure_case
 from experiments.training_speed_contenders import (
     PackedAttention,
     SharedTraining,
@@ -24,7 +25,7 @@ CASE, PADDED = Case(2, 2, 32, 8), Case(2, 2, 32, 8, padding=0.5)
 
 def speed(name: str, kind: str, turns: list[float], attention: float, on_gpu: float | None = None) -> Speed:
     median = sorted(turns)[len(turns) // 2]
-    return Speed(name, kind, median, 1.0, attention, attention / median, on_gpu, turns)
+    return Speed(name, kind, median, 1.0, attention, attention / median, on_gpu, None, turns)
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +234,16 @@ def test_compiled_contenders_keep_their_own_backend():
     assert found == [True, False]
 
 
+def test_attention_in_a_step_is_its_own_kernels(monkeypatch):
+    times = {
+        "step": Counter({"flash": 20.0, "gemm": 60.0, "void at::native::copy": 15.0}),
+        "attention": Counter({"flash": 2.0, "void at::native::copy": 0.5}),
+    }
+    monkeypatch.setattr(training_speed, "gpu_times", lambda function, calls: (times[function()], 1))
+    share = gpu_share(lambda: "step", lambda: "attention", num_layers=12)
+    assert (share.step, share.in_step, share.alone) == (95.0, 20.0, 30.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("padding", [0.0, 0.5])
@@ -241,7 +252,7 @@ def test_every_contender_trains_on_a_gpu(mode, padding):
     torch._dynamo.reset()
     speeds, failed = measure_case(mode, case, 1, "cuda", rounds=1, steps=1)
     assert not failed
-    assert all(each.gpu_milliseconds > 0 for each in speeds)
+    assert all(0 < each.attention_in_step < each.gpu_milliseconds for each in speeds)
     assert len(speeds) == len(speed_contenders(case, "cuda")) == (7 if padding else 6)
 
 
