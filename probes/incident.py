@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from probes import incident_page, rng_states
-from probes.alerts import DivergenceError
+from probes.alerts import DivergenceError, gravity
 from probes.failures import ProbeWarning
 from probes.flight_recorder_file import read_steps
 from probes.incident_page import Incident
@@ -93,15 +93,15 @@ class IncidentWriter:
         self._episodes.update({_origin(episode.origin): episode for episode in episodes})
         if not alerts:
             return None
-        gravest = max(alerts, key=_gravity)
-        gravity = _gravity(gravest)
+        gravest = max(alerts, key=gravity)
+        how_grave = gravity(gravest)
         before = self._episode
         if before is not None and gravest.step - before[0] > EPISODE_STEPS:
             before = None
-        self._episode = (gravest.step, max(gravity, before[1] if before else 0))
-        if (before is not None and gravity <= before[1]) or self._num_written[gravity] >= MAX_INCIDENTS:
+        self._episode = (gravest.step, max(how_grave, before[1] if before else 0))
+        if (before is not None and how_grave <= before[1]) or self._num_written[how_grave] >= MAX_INCIDENTS:
             return None
-        self._num_written[gravity] += 1
+        self._num_written[how_grave] += 1
         self._last_step = gravest.step
         return self._write(gravest.name, gravest.step, gravest, None, layers)
 
@@ -246,11 +246,6 @@ def environment() -> dict[str, Any]:
         "directory": directory,
         "command": shlex.join(sys.orig_argv),
     }
-
-
-def _gravity(alert: Alert) -> int:
-    """0 of a condition, 1 of an event, 2 of divergence."""
-    return 2 if alert.severity == "divergence" else int(alert.is_event)
 
 
 def _origin(alert: Alert) -> tuple[str, str, int | None]:
