@@ -68,8 +68,9 @@ def attach(
 
     Args:
         model: The model. With ``torch.compile``, attach first and compile then.
-        optimizer: The optimizer, or several: a step ends when the last of them has stepped. Without one,
-            call ``probe.step()`` after each backward pass; updates are then not recorded.
+        optimizer: The optimizer, or several: a step ends when the last of them has stepped. One that is
+            replaced later is warned of; attach anew. Without one, call ``probe.step()`` after each backward
+            pass; updates are then not recorded.
         log_dir: Directory for TensorBoard events, the flight recorder and incident folders of this run. None
             keeps records in memory only. Of what an earlier run left there, :func:`probes.read` leaves out
             all from the first step of this one on.
