@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import os
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 from probes.record import Record, StepRecords, alert_marker
 from stability.divergence import Alert
 
 COLUMNS = (*Record._fields, "reason")
+_CRLF = "\r\n"
 
 
 class CsvSink:
@@ -42,7 +44,8 @@ class CsvSink:
             self._file = self.path.open("a", newline="", encoding="utf-8", errors="replace")
         except OSError as error:
             raise OSError(f"cannot write records to {self.path}: {error}. Choose a writable path.") from error
-        self._writer = csv.writer(self._file, lineterminator="\n")
+        # Before Python 3.13 only what ends lines is quoted, and readers end a row at a lone "\r" too.
+        self._writer = csv.writer(_Rows(self._file), lineterminator=_CRLF)
         if self._file.tell() == 0:
             self._writer.writerow(COLUMNS)
         self._file.flush()
@@ -62,6 +65,15 @@ class CsvSink:
     def close(self) -> None:
         """See :class:`~probes.sinks.Sink`."""
         self._file.close()
+
+
+class _Rows(NamedTuple):
+    """Where the writer's rows go, which end with a line feed alone."""
+
+    file: TextIO
+
+    def write(self, row: str) -> int:
+        return self.file.write(row.removesuffix(_CRLF) + "\n")
 
 
 def _end_last_row(path: Path) -> None:
