@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -38,6 +39,9 @@ class CsvSink:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._open()
+
+    def _open(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _end_last_row(self.path)
@@ -52,19 +56,23 @@ class CsvSink:
 
     def write(self, records: StepRecords) -> None:
         """See :class:`~probes.sinks.Sink`."""
-        self._writer.writerows((*record, None) for record in records.records())
-        self._file.flush()
+        self._write((*record, None) for record in records.records())
 
     def write_alert(self, alert: Alert) -> None:
         """See :class:`~probes.sinks.Sink`."""
         series, value = alert_marker(alert)
         record = Record(alert.step, series.layer, series.quantity, value)
-        self._writer.writerow((*record, alert.reason))
-        self._file.flush()
+        self._write([(*record, alert.reason)])
 
     def close(self) -> None:
         """See :class:`~probes.sinks.Sink`."""
         self._file.close()
+
+    def _write(self, rows: Iterable[tuple[object, ...]]) -> None:
+        if self._file.closed:  # with an earlier probe
+            self._open()
+        self._writer.writerows(rows)
+        self._file.flush()
 
 
 class _Rows(NamedTuple):

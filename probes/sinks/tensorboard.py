@@ -149,6 +149,7 @@ class TensorBoardSink:
 
     def write(self, records: StepRecords) -> None:
         """See :class:`~probes.sinks.Sink`."""
+        self._files.open_again()  # closed with an earlier probe
         # Not between two parts of a step: a file makes void what earlier ones hold from its first step on.
         if records.step != self._last_step and self._files.thin_if_full():
             self._draw()
@@ -176,6 +177,7 @@ class TensorBoardSink:
 
     def write_alert(self, alert: Alert) -> None:
         """See :class:`~probes.sinks.Sink`."""
+        self._files.open_again()
         self._num_alerts += 1
         if self._num_alerts > MAX_ALERTS:  # a detector that speaks at every step
             return
