@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -31,6 +31,14 @@ _CAUSES = (
     "frozen-layer",
 )
 _MAX_CONSEQUENCES = 8
+
+
+def _quantity(detector: Detector) -> str:
+    return getattr(detector, "quantity", "")
+
+
+def _reads(detector: Detector) -> str:
+    return _quantity(detector) or getattr(detector, "name", "")  # that of a loss
 
 
 class Episode(NamedTuple):
@@ -157,9 +165,11 @@ class EpisodeDetector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
         saved = dict(state["detectors"])
-        for name, detector in self._named():
-            if name in saved:  # not one that has been added since
-                detector.load_state_dict(saved[name])
+        for (name, detector), (earlier, _) in zip(self._named(), self._named(_quantity), strict=True):
+            for known in (name, earlier):  # as an earlier version named them
+                if known in saved:  # not one that has been added since
+                    detector.load_state_dict(saved[known])
+                    break
         self._last_step = state["last_step"]
         alerts = [alert_from(fields) for fields in state["episode"]]
         self._episode = Episode(alerts[0], tuple(alerts[1:])) if alerts else None
@@ -169,11 +179,11 @@ class EpisodeDetector:
             self._aftermath.load_state_dict(state["aftermath"])
             self._has_event = state["has_event"]
 
-    def _named(self) -> Iterator[tuple[str, Detector]]:
+    def _named(self, reads: Callable[[Detector], str] = _reads) -> Iterator[tuple[str, Detector]]:
         """Names for the state: a type, what it reads, and a number where that is not enough."""
         count: Counter[str] = Counter()
         for detector in self._detectors:
-            name = f"{type(detector).__name__} {getattr(detector, 'quantity', '')}".strip()
+            name = f"{type(detector).__name__} {reads(detector)}".strip()
             count[name] += 1
             yield (f"{name} {count[name]}" if count[name] > 1 else name), detector
 
