@@ -119,8 +119,8 @@ class IncidentWriter:
             return
         if error is None and self._last_step >= step - 1:
             return  # the last alert's report tells it all
-        # The first: what came later is in its report.
-        gravest = max(self._alerts, key=lambda alert: alert.severity == "divergence", default=None)
+        # The first of these: what came later is in its report.
+        gravest = max(self._alerts, key=gravity, default=None)
         self._write("exit" if error is None else type(error).__name__, step, gravest, error, layers)
 
     def _write(
@@ -167,6 +167,17 @@ class IncidentWriter:
             folder = self._directory / f"{name}-{attempt}"
         return folder
 
+    def _episode_of(self, alert: Alert) -> Episode | None:
+        """What followed from an alert, as far as that is known; of an event after a condition, since then."""
+        known = self._episodes.get(_origin(alert))
+        if known is not None:
+            return known
+        for episode in self._episodes.values():
+            verdicts = [_origin(verdict) for verdict in episode.consequences]
+            if _origin(alert) in verdicts:
+                return Episode(alert, episode.consequences[verdicts.index(_origin(alert)) + 1 :])
+        return None
+
     def _files(
         self,
         kind: str,
@@ -179,8 +190,7 @@ class IncidentWriter:
         """Name → content; all of it is made before any of it is written."""
         steps = read_steps(self._recorder)
         consequences: tuple[Alert, ...] = ()
-        if alert is not None and _origin(alert) in self._episodes:
-            episode = self._episodes[_origin(alert)]
+        if alert is not None and (episode := self._episode_of(alert)) is not None:
             # Of a step that was left out the detectors have forgotten what its alert tells.
             spread = tuple(dict.fromkeys((*alert.spread, *episode.spread)))
             alert, consequences = replace(alert, spread=spread), episode.consequences

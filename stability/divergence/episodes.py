@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from stability.divergence.aftermath import Aftermath
-from stability.divergence.detector import ALL_LAYERS, Alert, Detector, Readings, alert_from
+from stability.divergence.detector import ALL_LAYERS, Alert, Detector, Readings, alert_from, what_it_reads
 
 # Of verdicts with the same onset the likeliest cause comes first: weights before what they compute, outputs
 # before the loss, the loss before the gradients that come back from it.
@@ -35,10 +35,6 @@ _MAX_CONSEQUENCES = 8
 
 def _quantity(detector: Detector) -> str:
     return getattr(detector, "quantity", "")
-
-
-def _reads(detector: Detector) -> str:
-    return _quantity(detector) or getattr(detector, "name", "")  # that of a loss
 
 
 class Episode(NamedTuple):
@@ -179,7 +175,7 @@ class EpisodeDetector:
             self._aftermath.load_state_dict(state["aftermath"])
             self._has_event = state["has_event"]
 
-    def _named(self, reads: Callable[[Detector], str] = _reads) -> Iterator[tuple[str, Detector]]:
+    def _named(self, reads: Callable[[Detector], str] = what_it_reads) -> Iterator[tuple[str, Detector]]:
         """Names for the state: a type, what it reads, and a number where that is not enough."""
         count: Counter[str] = Counter()
         for detector in self._detectors:
