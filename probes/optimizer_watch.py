@@ -161,6 +161,8 @@ class OptimizerWatch:
             self._end_step()
 
     def _tell_replaced(self, watched: Optimizer, other: Optimizer) -> None:
+        if watched in self._begun:  # it steps by the other's steps
+            return
         self._guard.warn_once(
             "a replaced optimizer",
             f"step {self._guard.step} does not end: the {type(watched).__name__} given to `attach` has not "

@@ -330,6 +330,21 @@ def test_optimizers_that_step_beside_the_watched_one_are_no_replacement() -> Non
     assert probe._watch.step == 12
 
 
+def test_an_optimizer_that_steps_by_several_steps_of_another_is_not_replaced() -> None:
+    model = nn.Linear(2, 1)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class Twice(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> Any:
+            inner.step(closure)
+            return inner.step(closure)
+
+    optimizer = Twice(model.parameters(), {})
+    with probes.attach(model, optimizer) as probe:
+        train(model, optimizer, 3)
+    assert probe._watch.step == 3
+
+
 def test_parameters_that_came_after_the_probe_are_told_of_once() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
