@@ -118,6 +118,11 @@ class AlertAction:
                 warnings.warn(f"{alert}{remark}", DivergenceWarning, stacklevel=stacklevel_of_script())
 
 
+def gravity(alert: Alert) -> int:
+    """0 of a condition, 1 of an event (a jump, a spike), 2 of divergence: what a person is told of first."""
+    return 2 if alert.severity == "divergence" else int(alert.is_event)
+
+
 def _print(alert: Alert, remark: str) -> None:
     """Shows an alert on the terminal, if there is one and rich is installed."""
     if not sys.stderr.isatty():

@@ -16,7 +16,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from probes.alerts import AlertAction, OnDivergence
-from probes.arguments import check_count, check_flag, check_log_dir, check_members
+from probes.arguments import (
+    check_count,
+    check_flag,
+    check_log_dir,
+    check_members,
+    check_sinks_are_free,
+    take_sinks,
+)
 from probes.delivery import Delivery
 from probes.detector_quantities import check_quantities
 from probes.distributed import join_ranks, told_of, unwrapped
@@ -68,8 +75,9 @@ def attach(
 
     Args:
         model: The model. With ``torch.compile``, attach first and compile then.
-        optimizer: The optimizer, or several: a step ends when the last of them has stepped. Without one,
-            call ``probe.step()`` after each backward pass; updates are then not recorded.
+        optimizer: The optimizer, or several: a step ends when the last of them has stepped. One that is
+            replaced later is warned of; attach anew. Without one, call ``probe.step()`` after each backward
+            pass; updates are then not recorded.
         log_dir: Directory for TensorBoard events, the flight recorder and incident folders of this run. None
             keeps records in memory only. Of what an earlier run left there, :func:`probes.read` leaves out
             all from the first step of this one on.
@@ -112,9 +120,10 @@ def attach(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If the model has no parameters, is compiled or is watched already, a pattern of
-            ``layers`` matches nothing, ``log_dir`` is empty, a number is out of range, ``on_divergence`` is
-            unknown, a detector reads a quantity that is never recorded, ``same_step`` is missing for it or
-            has not exactly one optimizer, or the processes differ in what must be the same.
+            ``layers`` matches nothing, ``log_dir`` is empty, another probe writes to a sink's file, a number
+            is out of range, ``on_divergence`` is unknown, a detector reads a quantity that is never recorded,
+            ``same_step`` is missing for it or has not exactly one optimizer, or the processes differ in what
+            must be the same.
         OSError: If ``log_dir`` cannot be written.
 
     Example:
@@ -148,6 +157,8 @@ def attach(
         check_log_dir(log_dir)
     _check_optimizers(optimizers, model)
     check_members("sinks", sinks, Sink, "probes.sinks.JsonLinesSink(path)")
+    check_sinks_are_free(sinks)
+    given = sinks  # remembered alike by all processes, of which one writes
     if detectors is not None:
         check_members("detectors", detectors, Detector, "stability.divergence.NonFiniteDetector()")
         check_quantities(detectors)
@@ -212,6 +223,7 @@ def attach(
         ),
         earlier=earlier,
     )
+    probe.on_close(take_sinks(given))
     _open_probes[model] = probe
     probe.on_close(lambda: _open_probes.pop(model, None))
     return probe

@@ -22,6 +22,9 @@ _COMPARED = (
     "activation_grad_norm",
     "grad_norm",
 )
+# A layer that is less than float32's rounding of the largest one is as good as nothing, and numbers below
+# float32's normal ones have hardly a digit: from 1e-43 to 1e-38 nothing has happened.
+_ROUNDING, _TINY = float(np.finfo(np.float32).eps), float(np.finfo(np.float32).tiny)
 _MAX_COLUMNS = 240
 _MIN_PEERS = 3  # fewer have no middle
 _OUT_OF_RANGE = math.log10(2.0)
@@ -38,8 +41,8 @@ class Departure(NamedTuple):
         usual: Median of the first quarter of the run.
         farthest: The value farthest away after that; NaN or infinite, at any time, before any other.
         farthest_step: Its step.
-        decades: Factor between the two as a power of ten, less what the median of all layers did meanwhile;
-            infinite where the value is not finite.
+        decades: Factor between the two as a power of ten, less what the median of all layers did meanwhile,
+            and of what is not next to nothing; infinite where the value is not finite.
     """
 
     layer: str
@@ -54,7 +57,8 @@ class Departure(NamedTuple):
 def departures(groups: ByQuantity, order: Sequence[str]) -> list[Departure]:
     """The farthest departure of every layer, the farthest layer first; of equals the earlier one.
 
-    Formula: max over steps of |d|, d = log₁₀(value / usual) − median over layers of the same.
+    Formula: max over steps of |d|, d = log₁₀(value / usual) − median over layers of the same. What is less,
+    before or after, than float32's rounding of the largest layer's usual value counts as that much.
 
     Args:
         groups: Quantity → layer → series.
@@ -99,9 +103,12 @@ def _of_quantity(quantity: str, groups: ByQuantity, order: Sequence[str]) -> Ite
     first_late = columns[num_early]
     early = [by_layer[layer].values[by_layer[layer].steps < first_late] for layer in layers]
     usual = _medians([np.where(np.isfinite(one) & (one > 0), one, np.nan) for one in early])
-    decades = np.log10(values) - np.log10(usual)[:, None]
+    level = np.log10(usual)[:, None]
+    least = math.log10(max(_ROUNDING * np.nanmax(usual, initial=0.0), _TINY))
+    decades = np.log10(values) - level
     if len(layers) >= _MIN_PEERS:
-        decades -= _medians(decades.T)
+        decades -= np.nan_to_num(_medians(decades[level[:, 0] > least].T))
+    decades = np.maximum(level + decades, least) - np.maximum(level, least)
     decades[:, :num_early] = np.nan  # how training sets in is no departure
     decades = np.where(is_recorded & ~is_finite, np.inf, np.abs(decades))
     for row, layer in enumerate(layers):

@@ -10,12 +10,18 @@ from typing import Any
 from probes.detector_quantities import AwaitedLosses
 from probes.failures import ProbeWarning, call_or_drop, stacklevel_of_script
 from stability.divergence import Alert, Detector, Episode, EpisodeDetector, Readings
+from stability.divergence.detector import what_it_reads
 
 # What each detector remembers; None of one that could not say.
 Memory = list[tuple[Detector, dict[str, Any] | None]]
 
 # Their state is large, so it is not saved at every step: steps since then are judged again, which is exact.
 SAVE_EVERY = 16
+
+
+def _named(detector: Detector) -> str:
+    """Its type and what it reads: two losses that change places are not the same detectors."""
+    return f"{type(detector).__name__} {what_it_reads(detector)}".strip()
 
 
 class Detection:
@@ -70,7 +76,7 @@ class Detection:
 
     def state_dict(self) -> list[tuple[str, dict[str, Any]]]:
         """Name and state of every detector."""
-        return [(type(detector).__name__, detector.state_dict()) for detector in self._detectors]
+        return [(_named(detector), detector.state_dict()) for detector in self._detectors]
 
     def load_state_dict(self, state: Sequence[tuple[str, dict[str, Any]]]) -> None:
         """Restores the detectors; one that another version saved begins anew, with a warning.
@@ -79,8 +85,9 @@ class Detection:
             ValueError: If they are not the ones the state was saved from.
         """
         saved = [name for name, _ in state]
-        present = [type(detector).__name__ for detector in self._detectors]
-        if saved != present:
+        present = [_named(detector) for detector in self._detectors]
+        # Earlier versions saved types alone.
+        if saved not in (present, [type(detector).__name__ for detector in self._detectors]):
             raise ValueError(
                 f"the state is of the detectors {saved}; this probe has {present}. Attach with the same ones."
             )

@@ -21,15 +21,13 @@ import numpy as np
 from probes.failures import ProbeWarning
 from probes.flight_recorder_file import HEADER, NAME, SLOT, Layout, Names, identity, mapped, parse_slots
 from probes.record import Series, StepRecords
+from probes.sinks.known_series import KnownSeries
 from stability.divergence import Alert
-
-MAX_COLUMNS = 32  # sets of series that are remembered
 
 
 class _Columns(NamedTuple):
     """Which values of a step with these series are kept, and the numbers of their series."""
 
-    series: tuple[Series, ...]
     kept: np.ndarray
     numbers: bytes
 
@@ -62,7 +60,7 @@ class FlightRecorder:
             )
         self.path = Path(path)
         self._layout = Layout(steps, values_per_step)
-        self._columns: dict[int, _Columns] = {}
+        self._columns = KnownSeries[_Columns]()
         self._has_warned = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,17 +111,14 @@ class FlightRecorder:
         self._file.close()
 
     def _columns_of(self, series: tuple[Series, ...]) -> _Columns:
-        # Most steps have the series of an earlier one, and comparing with it is faster than naming each.
-        known = self._columns.get(len(series))
-        if known is not None and known.series == series:
+        known = self._columns.get(series)
+        if known is not None:
             return known
         order = sorted(range(len(series)), key=lambda index: series[index].head is not None)
         kept = [index for index in order if self._has_number(series[index])][: self._layout.values_per_slot]
-        if len(self._columns) == MAX_COLUMNS:
-            self._columns.clear()
         numbers = np.array([self._numbers[series[index]] for index in kept], dtype="<u4").tobytes()
-        columns = _Columns(series, np.array(kept, dtype=np.intp), numbers)
-        self._columns[len(series)] = columns
+        columns = _Columns(np.array(kept, dtype=np.intp), numbers)
+        self._columns.add(series, columns)
         return columns
 
     def _has_number(self, series: Series) -> bool:

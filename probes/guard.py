@@ -10,6 +10,7 @@ from probes.pending import Pending
 from probes.record import Series
 
 GRADIENTS, WEIGHTS, UPDATES = "gradients", "weights", "updates"
+OTHER_OPTIMIZERS = "other optimizers"
 ATTENTION, JACOBIANS = "attention", "layer Jacobians"
 
 _MEASURED_WITH = {

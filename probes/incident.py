@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from probes import incident_page, rng_states
-from probes.alerts import DivergenceError
+from probes.alerts import DivergenceError, gravity
 from probes.failures import ProbeWarning
 from probes.flight_recorder_file import read_steps
 from probes.incident_page import Incident
@@ -93,15 +93,15 @@ class IncidentWriter:
         self._episodes.update({_origin(episode.origin): episode for episode in episodes})
         if not alerts:
             return None
-        gravest = max(alerts, key=_gravity)
-        gravity = _gravity(gravest)
+        gravest = max(alerts, key=gravity)
+        how_grave = gravity(gravest)
         before = self._episode
         if before is not None and gravest.step - before[0] > EPISODE_STEPS:
             before = None
-        self._episode = (gravest.step, max(gravity, before[1] if before else 0))
-        if (before is not None and gravity <= before[1]) or self._num_written[gravity] >= MAX_INCIDENTS:
+        self._episode = (gravest.step, max(how_grave, before[1] if before else 0))
+        if (before is not None and how_grave <= before[1]) or self._num_written[how_grave] >= MAX_INCIDENTS:
             return None
-        self._num_written[gravity] += 1
+        self._num_written[how_grave] += 1
         self._last_step = gravest.step
         return self._write(gravest.name, gravest.step, gravest, None, layers)
 
@@ -119,8 +119,8 @@ class IncidentWriter:
             return
         if error is None and self._last_step >= step - 1:
             return  # the last alert's report tells it all
-        # The first: what came later is in its report.
-        gravest = max(self._alerts, key=lambda alert: alert.severity == "divergence", default=None)
+        # The first of these: what came later is in its report.
+        gravest = max(self._alerts, key=gravity, default=None)
         self._write("exit" if error is None else type(error).__name__, step, gravest, error, layers)
 
     def _write(
@@ -167,6 +167,17 @@ class IncidentWriter:
             folder = self._directory / f"{name}-{attempt}"
         return folder
 
+    def _episode_of(self, alert: Alert) -> Episode | None:
+        """What followed from an alert, as far as that is known; of an event after a condition, since then."""
+        known = self._episodes.get(_origin(alert))
+        if known is not None:
+            return known
+        for episode in self._episodes.values():
+            verdicts = [_origin(verdict) for verdict in episode.consequences]
+            if _origin(alert) in verdicts:
+                return Episode(alert, episode.consequences[verdicts.index(_origin(alert)) + 1 :])
+        return None
+
     def _files(
         self,
         kind: str,
@@ -179,8 +190,7 @@ class IncidentWriter:
         """Name → content; all of it is made before any of it is written."""
         steps = read_steps(self._recorder)
         consequences: tuple[Alert, ...] = ()
-        if alert is not None and _origin(alert) in self._episodes:
-            episode = self._episodes[_origin(alert)]
+        if alert is not None and (episode := self._episode_of(alert)) is not None:
             # Of a step that was left out the detectors have forgotten what its alert tells.
             spread = tuple(dict.fromkeys((*alert.spread, *episode.spread)))
             alert, consequences = replace(alert, spread=spread), episode.consequences
@@ -246,11 +256,6 @@ def environment() -> dict[str, Any]:
         "directory": directory,
         "command": shlex.join(sys.orig_argv),
     }
-
-
-def _gravity(alert: Alert) -> int:
-    """0 of a condition, 1 of an event, 2 of divergence."""
-    return 2 if alert.severity == "divergence" else int(alert.is_event)
 
 
 def _origin(alert: Alert) -> tuple[str, str, int | None]:

@@ -14,6 +14,7 @@ from probes.optimizer_state import OptimizerState
 from probes.parameter_gradients import Watched, WatchedParameters, measure_gradients, measure_weights
 from probes.pending import LOSS_FACTOR, Pending
 from probes.record import ALL_LAYERS, Series
+from probes.replaced_optimizer import ReplacedOptimizer
 from probes.sharding import Sharding
 
 SKIPPED_STEP = Series(ALL_LAYERS, "skipped_step")
@@ -54,6 +55,7 @@ class OptimizerWatch:
         self._before_step_ends = before_step_ends
         self._end_step = end_step
         self._optimizer_state = OptimizerState(sharding)
+        self._replaced = ReplacedOptimizer(self._optimizers, guard, self._tell_replaced)
         self._begun: set[Optimizer] = set()
         self._stepped: set[Optimizer] = set()
         self._scaled_optimizer: Optimizer | None = None  # which a GradScaler is about to step, or not
@@ -61,6 +63,7 @@ class OptimizerWatch:
     def install(self, handles: ExitStack) -> None:
         """Hooks the optimizers; ends when ``handles`` closes."""
         handles.enter_context(observe_grad_scaler(self._before_scaler_step, self._after_scaler_step))
+        self._replaced.install(handles)
         for optimizer in self._optimizers:
             handles.callback(optimizer.register_step_pre_hook(self._before_optimizer).remove)
             handles.callback(optimizer.register_step_post_hook(self._after_optimizer).remove)
@@ -152,9 +155,21 @@ class OptimizerWatch:
             self._before_step_ends()
 
     def _finish(self, optimizer: Optimizer) -> None:
+        self._replaced.see_step(optimizer)
         self._stepped.add(optimizer)
         if len(self._stepped) == len(self._optimizers):
             self._end_step()
+
+    def _tell_replaced(self, watched: Optimizer, other: Optimizer) -> None:
+        if watched in self._begun:  # it steps by the other's steps
+            return
+        self._guard.warn_once(
+            "a replaced optimizer",
+            f"step {self._guard.step} does not end: the {type(watched).__name__} given to `attach` has not "
+            f"stepped, while another optimizer, {type(other).__name__}, steps over the same parameters. "
+            "Nothing is recorded until it does. If it is in use no more, close the probe and attach with the "
+            "new one.",
+        )
 
     def _about_to_change(self, optimizer: Optimizer) -> Watched:
         return self._parameters.among(_with_gradients(_parameters(optimizer)))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from probes.alerts import gravity
 from probes.departures import Departure
 from probes.quantities import QUANTITIES
 from probes.record import ALL_LAYERS
@@ -29,7 +30,7 @@ class Story(NamedTuple):
         layer: Where it began; None where nothing stands out.
         step: When it began.
         quantity: What shows it.
-        spread: Layers that followed.
+        spread: Its other layers: the one that came before, those that followed.
         remedies: What usually helps.
     """
 
@@ -46,7 +47,9 @@ class Story(NamedTuple):
 def tell(
     alerts: Sequence[Alert] | None, ranking: Sequence[Departure], before_broken: Sequence[Departure] = ()
 ) -> Story:
-    """The story of a run: its first alert of divergence, or its first warning, or what is plain in the data.
+    """The story of a run: the first of its gravest alerts, or what is plain in the data.
+
+    Divergence is graver than an event (a jump, a spike), an event than a condition, which may be harmless.
 
     Args:
         alerts: Of the run; None where what was read holds none of any run. The default detectors name the
@@ -55,7 +58,13 @@ def tell(
         before_broken: The same of the steps before anything was not finite, where something was.
     """
     if alerts:
-        return _of_alert(next((alert for alert in alerts if alert.severity == "divergence"), alerts[0]))
+        gravest, first = max(alerts, key=gravity), alerts[0]
+        story = _of_alert(gravest)
+        if gravest is first or gravest.severity != first.severity:
+            return story
+        # An event after a condition, which may be its cause, and may be its reason's last words.
+        told = "" if first.in_short in gravest.reason else f" Before it came {in_short(first, '`')}."
+        return story._replace(sentence=story.sentence + told, spread=(first.layer, *story.spread))
     no_alert = "Alerts are not in this file" if alerts is None else "No alert was recorded"
     if not ranking:
         return Story("Nothing to compare", f"{no_alert}, and no layer has two steps above zero to compare.")

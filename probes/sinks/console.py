@@ -8,6 +8,7 @@ import sys
 import time
 from typing import TextIO
 
+from probes.alerts import gravity
 from probes.quantities import QUANTITIES
 from probes.record import ALL_LAYERS, StepRecords
 from stability.divergence import Alert
@@ -41,7 +42,7 @@ class ConsoleSink:
         self._shown_step = 0
         self._is_line_open = False
         self._num_alerts = 0
-        self._last_alert: Alert | None = None
+        self._alert: Alert | None = None  # the newest of the gravest
 
     def write(self, records: StepRecords) -> None:
         """See :class:`~probes.sinks.Sink`."""
@@ -52,12 +53,13 @@ class ConsoleSink:
             return
         speed = (records.step - self._shown_step) / (now - self._shown_at)  # 0 the first time
         self._shown_at, self._shown_step = now, records.step
-        self._show(_status(records, speed, self._num_alerts, self._last_alert))
+        self._show(_status(records, speed, self._num_alerts, self._alert))
 
     def write_alert(self, alert: Alert) -> None:
         """See :class:`~probes.sinks.Sink`."""
         self._num_alerts += 1
-        self._last_alert = alert
+        if self._alert is None or gravity(alert) >= gravity(self._alert):
+            self._alert = alert
         if self._is_line_open:
             self._stream.write(_CLEAR_LINE)
             self._stream.flush()

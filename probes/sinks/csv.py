@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 from probes.record import Record, StepRecords, alert_marker
 from stability.divergence import Alert
 
 COLUMNS = (*Record._fields, "reason")
+_CRLF = "\r\n"
 
 
 class CsvSink:
@@ -36,32 +39,49 @@ class CsvSink:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._open()
+
+    def _open(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _end_last_row(self.path)
             self._file = self.path.open("a", newline="", encoding="utf-8", errors="replace")
         except OSError as error:
             raise OSError(f"cannot write records to {self.path}: {error}. Choose a writable path.") from error
-        self._writer = csv.writer(self._file, lineterminator="\n")
+        # Before Python 3.13 only what ends lines is quoted, and readers end a row at a lone "\r" too.
+        self._writer = csv.writer(_Rows(self._file), lineterminator=_CRLF)
         if self._file.tell() == 0:
             self._writer.writerow(COLUMNS)
         self._file.flush()
 
     def write(self, records: StepRecords) -> None:
         """See :class:`~probes.sinks.Sink`."""
-        self._writer.writerows((*record, None) for record in records.records())
-        self._file.flush()
+        self._write((*record, None) for record in records.records())
 
     def write_alert(self, alert: Alert) -> None:
         """See :class:`~probes.sinks.Sink`."""
         series, value = alert_marker(alert)
         record = Record(alert.step, series.layer, series.quantity, value)
-        self._writer.writerow((*record, alert.reason))
-        self._file.flush()
+        self._write([(*record, alert.reason)])
 
     def close(self) -> None:
         """See :class:`~probes.sinks.Sink`."""
         self._file.close()
+
+    def _write(self, rows: Iterable[tuple[object, ...]]) -> None:
+        if self._file.closed:  # with an earlier probe
+            self._open()
+        self._writer.writerows(rows)
+        self._file.flush()
+
+
+class _Rows(NamedTuple):
+    """Where the writer's rows go, which end with a line feed alone."""
+
+    file: TextIO
+
+    def write(self, row: str) -> int:
+        return self.file.write(row.removesuffix(_CRLF) + "\n")
 
 
 def _end_last_row(path: Path) -> None:

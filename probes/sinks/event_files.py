@@ -70,6 +70,11 @@ class EventFiles:
         """Adds a serialised event."""
         self._write(self._file, event)
 
+    def open_again(self) -> None:
+        """Begins a new file if the last one is closed."""
+        if self._file.closed:
+            self._file = self._begin()
+
     def thin_if_full(self) -> bool:
         """Makes room if two thirds of the budget are full.
 

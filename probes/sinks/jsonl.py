@@ -48,6 +48,9 @@ class JsonLinesSink:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._open()
+
+    def _open(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab")
@@ -68,18 +71,22 @@ class JsonLinesSink:
                 if line[field] == default:
                     del line[field]
             lines.append(to_json(line) + "\n")
-        self._file.write("".join(lines).encode())
-        self._file.flush()
+        self._write("".join(lines))
 
     def write_alert(self, alert: Alert) -> None:
         """See :class:`~probes.sinks.Sink`."""
         line = {"type": "alert", **dataclasses.asdict(alert)}
-        self._file.write(f"{to_json(line)}\n".encode())
-        self._file.flush()
+        self._write(f"{to_json(line)}\n")
 
     def close(self) -> None:
         """See :class:`~probes.sinks.Sink`."""
         self._file.close()
+
+    def _write(self, lines: str) -> None:
+        if self._file.closed:  # with an earlier probe
+            self._open()
+        self._file.write(lines.encode())
+        self._file.flush()
 
     def _begin(self) -> None:
         """Writes the header of a new file, or marks where another session continues an old one."""

@@ -78,6 +78,7 @@ class MLflowSink:
         if self._thread is not None:
             self._requests.put(None)
             self._thread.join()
+            self._thread = None  # another probe may have numbers still
         if self._failure is not None:
             raise self._failure
 

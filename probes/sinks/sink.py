@@ -44,5 +44,5 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Brings everything taken so far to its place. Called once."""
+        """Brings everything taken so far to its place. Each probe calls it once."""
         ...

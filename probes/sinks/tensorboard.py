@@ -16,6 +16,7 @@ from probes.sinks.event_files import EventFiles
 from probes.sinks.heat_map import HeatMap
 from probes.sinks.heat_map_picture import heat_map_png
 from probes.sinks.jsonl import to_json
+from probes.sinks.known_series import KnownSeries
 from probes.sinks.overview import PEAK_TAG, Overview, layout
 from probes.sinks.step_event import StepEvent
 from stability.divergence import Alert
@@ -27,7 +28,6 @@ HParam = bool | int | float | str
 
 MAX_ALERTS = 1000
 MAX_ONSETS = 8  # alerts that pictures point at
-MAX_COLUMNS = 32  # sets of series that are remembered
 FIRST_PICTURES = 16  # recorded steps before the first pictures; the next ones come after twice as many
 
 # Custom Scalars takes all from a tag's first parenthesis on for the name of a run that it does not find, and
@@ -47,7 +47,6 @@ _DISTRIBUTIONS = ("attention/entropy", "attention/max_logit")
 class _Columns(NamedTuple):
     """What becomes of the values of steps with these series."""
 
-    series: tuple[Series, ...]
     event: StepEvent
     layers: np.ndarray  # values that are scalars
     overview: Overview
@@ -117,7 +116,7 @@ class TensorBoardSink:
         self.log_dir = Path(log_dir)
         self._event, self._summary, self._summaries = Event, Summary, summary
         self._layers = list(layers)
-        self._columns: dict[int, _Columns] = {}
+        self._columns = KnownSeries[_Columns]()
         self._maps = {quantity: HeatMap(is_low_worse="entropy" in quantity) for quantity in _SCALES}
         self._known_tags: set[str] = set()
         self._peak = 0.0
@@ -150,6 +149,7 @@ class TensorBoardSink:
 
     def write(self, records: StepRecords) -> None:
         """See :class:`~probes.sinks.Sink`."""
+        self._files.open_again()  # closed with an earlier probe
         # Not between two parts of a step: a file makes void what earlier ones hold from its first step on.
         if records.step != self._last_step and self._files.thin_if_full():
             self._draw()
@@ -177,6 +177,7 @@ class TensorBoardSink:
 
     def write_alert(self, alert: Alert) -> None:
         """See :class:`~probes.sinks.Sink`."""
+        self._files.open_again()
         self._num_alerts += 1
         if self._num_alerts > MAX_ALERTS:  # a detector that speaks at every step
             return
@@ -213,8 +214,8 @@ class TensorBoardSink:
             self._files.close()
 
     def _columns_of(self, series: tuple[Series, ...]) -> _Columns:
-        known = self._columns.get(len(series))
-        if known is not None and known.series == series:
+        known = self._columns.get(series)
+        if known is not None:
             return known
         layers = [index for index, name in enumerate(series) if name.head is None]
         groups: dict[tuple[str, bool], list[int]] = {}
@@ -228,16 +229,13 @@ class TensorBoardSink:
                 maps.append((heat_map, np.array(indices), heat_map.rows(names)))
         overview = Overview.of(series)
         columns = _Columns(
-            series,
             StepEvent([*(series[index].tag for index in layers), *overview.tags]),
             np.array(layers, np.intp),
             overview,
             tuple(maps),
             tuple((q, np.array(groups[q, False])) for q in _DISTRIBUTIONS if (q, False) in groups),
         )
-        if len(self._columns) == MAX_COLUMNS:
-            self._columns.clear()
-        self._columns[len(series)] = columns
+        self._columns.add(series, columns)
         if new_tags := set(overview.tags) - self._known_tags:
             self._known_tags |= new_tags
             self._add(0, self._summaries.custom_scalars(layout(self._known_tags)))

@@ -121,3 +121,9 @@ class Detector(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` gave."""
         ...
+
+
+def what_it_reads(detector: Detector) -> str:
+    """The quantity or the loss that tells a detector from others of its type; empty of one that has none."""
+    names = (getattr(detector, attribute, None) for attribute in ("quantity", "name"))
+    return next((name for name in names if isinstance(name, str)), "")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from stability.divergence.aftermath import Aftermath
-from stability.divergence.detector import ALL_LAYERS, Alert, Detector, Readings, alert_from
+from stability.divergence.detector import ALL_LAYERS, Alert, Detector, Readings, alert_from, what_it_reads
 
 # Of verdicts with the same onset the likeliest cause comes first: weights before what they compute, outputs
 # before the loss, the loss before the gradients that come back from it.
@@ -31,6 +31,10 @@ _CAUSES = (
     "frozen-layer",
 )
 _MAX_CONSEQUENCES = 8
+
+
+def _quantity(detector: Detector) -> str:
+    return getattr(detector, "quantity", "")
 
 
 class Episode(NamedTuple):
@@ -157,9 +161,11 @@ class EpisodeDetector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~stability.divergence.Detector`."""
         saved = dict(state["detectors"])
-        for name, detector in self._named():
-            if name in saved:  # not one that has been added since
-                detector.load_state_dict(saved[name])
+        for (name, detector), (earlier, _) in zip(self._named(), self._named(_quantity), strict=True):
+            for known in (name, earlier):  # as an earlier version named them
+                if known in saved:  # not one that has been added since
+                    detector.load_state_dict(saved[known])
+                    break
         self._last_step = state["last_step"]
         alerts = [alert_from(fields) for fields in state["episode"]]
         self._episode = Episode(alerts[0], tuple(alerts[1:])) if alerts else None
@@ -169,11 +175,11 @@ class EpisodeDetector:
             self._aftermath.load_state_dict(state["aftermath"])
             self._has_event = state["has_event"]
 
-    def _named(self) -> Iterator[tuple[str, Detector]]:
+    def _named(self, reads: Callable[[Detector], str] = what_it_reads) -> Iterator[tuple[str, Detector]]:
         """Names for the state: a type, what it reads, and a number where that is not enough."""
         count: Counter[str] = Counter()
         for detector in self._detectors:
-            name = f"{type(detector).__name__} {getattr(detector, 'quantity', '')}".strip()
+            name = f"{type(detector).__name__} {reads(detector)}".strip()
             count[name] += 1
             yield (f"{name} {count[name]}" if count[name] > 1 else name), detector
 

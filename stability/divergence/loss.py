@@ -14,6 +14,7 @@ from stability.divergence.track import MAX_EVIDENCE
 _TREND_STEPS = 16
 _NOISE_STEPS = 64
 _TINY = 1e-30
+_ROUNDING = 2.0**-23  # float32's
 # No single step may say much of a shift: Winsorised at what a normal variable hardly reaches.
 _MAX_SHIFT_SPREADS = 4.0
 # Of a spike that loss and gradient show in the same step: in clean runs they never reach 4.5 together.
@@ -27,7 +28,8 @@ class LossDetector:
     The trend is the median of the last 16 losses, a residual the distance of the next loss from it. The noise
     is the spread of 64 residuals, the 16 newest left out so that what begins does not hide itself: as their
     quartiles give it or their 90 % quantile, whichever is larger, since losses of small batches have long
-    tails; and at least ``min_relative_noise`` of the loss that is judged.
+    tails; and at least ``min_relative_noise`` of the loss that is judged, and float32's rounding of the first
+    loss: one that has come to zero has no noise, and 1e-6 is no spike of it.
 
     * A **spike** is a residual of ``spike_spreads`` times the noise and ``spike_ratio`` times the largest of
       the last ``window``. 5 times the noise and 1.5 times the largest will do where the logarithm of the
@@ -127,7 +129,9 @@ class LossDetector:
         norm = readings.get("grad_norm", {}).get(ALL_LAYERS, math.nan)
         log_norm = math.log(norm) if 0 < norm < math.inf else None
         gradient = None if log_norm is None else self._gradients.add(log_norm, self._min_relative_noise)
-        place = self._losses.add(loss, self._min_relative_noise * abs(loss))
+        place = self._losses.add(
+            loss, max(self._min_relative_noise * abs(loss), _ROUNDING * abs(self._losses.first))
+        )
         if place is None:
             first = self._losses.first
             rises = log_norm is None or log_norm > self._gradients.first + math.log(2)

@@ -79,7 +79,7 @@ class NonFiniteDetector:
         for quantity, values in readings.items():
             if quantity in _WHAT or _is_logged(quantity, values):
                 recent = self._recent.setdefault(quantity, deque(maxlen=MAX_EVIDENCE // 2))
-                recent.append((step, values))
+                recent.append((step, dict(values)))  # the caller may use its own for the next step
         if "skipped_step" in readings:
             is_skipped = readings["skipped_step"].get(ALL_LAYERS, 0.0) > 0
             self._num_skipped = self._num_skipped + 1 if is_skipped else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.optim import optimizer as torch_optimizer
 
 
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
@@ -22,6 +23,8 @@ def assert_nothing_is_left(model: nn.Module, *optimizers: torch.optim.Optimizer)
     assert not torch_module._global_forward_hooks
     assert not torch_module._global_forward_pre_hooks
     assert not torch_module._global_forward_hooks_always_called
+    assert not torch_optimizer._global_optimizer_pre_hooks
+    assert not torch_optimizer._global_optimizer_post_hooks
     for optimizer in optimizers:
         assert not optimizer._optimizer_step_pre_hooks
         assert not optimizer._optimizer_step_post_hooks

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import probes
-from probes.sinks import MemorySink
+from probes.sinks import CsvSink, JsonLinesSink, MemorySink, TensorBoardSink
 from stability.divergence import NonFiniteDetector
 from tests.probes.lifecycle import assert_nothing_is_left, linear, one_step
 
@@ -59,6 +59,35 @@ class TestBadInput:
         with probes.attach(model), pytest.raises(ValueError, match="watched already; close its probe"):
             probes.attach(model)
         probes.attach(model).close()  # after closing it may be watched again
+
+    def test_a_file_of_another_probe(self, tmp_path: Path) -> None:
+        lines, table, events = (
+            JsonLinesSink(tmp_path / "run.jsonl"),
+            CsvSink(tmp_path / "run.csv"),
+            TensorBoardSink(tmp_path),
+        )
+        with pytest.raises(TypeError, match="`layers` must be"):  # a refused call takes nothing
+            probes.attach(nn.Linear(1, 1), sinks=[lines], layers=3)
+        with probes.attach(nn.Linear(1, 1), sinks=[lines, table, events]):
+            for sink in (lines, table, events):
+                with pytest.raises(
+                    ValueError, match=rf"a {type(sink).__name__} twice, or one that another op"
+                ):
+                    probes.attach(nn.Linear(1, 1), sinks=[MemorySink(), sink])
+        twice = JsonLinesSink(tmp_path / "twice.jsonl")
+        with pytest.raises(ValueError, match="twice, or"):
+            probes.attach(nn.Linear(1, 1), sinks=[twice, twice])
+
+    def test_memory_may_be_shared(self) -> None:
+        memory = MemorySink()
+        for _ in range(2):
+            with (
+                probes.attach(nn.Linear(1, 1), sinks=[memory]) as probe,
+                probes.attach(nn.Linear(1, 1), sinks=[memory]),
+            ):
+                probe.log(loss=1.0)
+                probe.step()
+        assert [record.value for record in memory if record.quantity == "loss"] == [1.0, 1.0]
 
     def test_a_compiled_model(self) -> None:
         with pytest.raises(ValueError, match=r"`model` is compiled.*attach to the model first"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +85,18 @@ def test_an_alert_wipes_the_line_and_is_told_in_the_next(clock: list[float]) -> 
     clock[0] += 1.0
     sink.write(step(1, 1.0, 1.0, 1.0, 1.0))
     assert "1 alert: gradient explosion in blocks.1" in terminal.lines[-1]
+
+
+def test_a_mild_alert_does_not_hide_a_graver_one(clock: list[float]) -> None:
+    terminal = Terminal()
+    sink = ConsoleSink(terminal)
+    kinds = ("logit-growth", "loss-spike", "weight-jump", "frozen-layer")
+    for kind, told in zip(kinds, ("logit growth", "loss spike", "weight jump", "weight jump"), strict=True):
+        sink.write_alert(replace(ALERT, kind=kind))
+        sink.write(step(1, 1.0, 1.0, 1.0, 1.0))
+        assert f": {told} in blocks.1" in terminal.lines[-1]
+        clock[0] += 1.0
+    assert "4 alerts: weight jump" in terminal.lines[-1]
 
 
 def test_it_keeps_to_one_line_of_the_terminal(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:

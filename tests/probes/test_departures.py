@@ -89,6 +89,29 @@ def test_a_spike_that_was_over_long_before_is_another_story() -> None:
     assert (story.layer, story.step) == ("blocks.3", 320)
 
 
+def test_layers_that_are_next_to_nothing_do_not_lead() -> None:
+    """Denormal numbers against denormal numbers, and what grows without ever counting beside the others."""
+    values = sound_run()
+    values[7, 200:] *= 1.05 ** np.arange(200)
+    for row, (before, after) in enumerate([(1e-44, 1e-38), (1e-43, 1e-33), (1e-20, 1e-12), (1e-30, 1e-44)]):
+        values[row] = np.where(STEPS < 200, before, after)
+    first, second, *_ = departures(groups(values), LAYERS)
+    assert first.layer == "blocks.7"
+    assert first.decades == pytest.approx(200 * math.log10(1.05), abs=0.2)
+    assert second.decades < 0.3
+    assert departures(groups(values * 1e-60), LAYERS)[0].decades == 0
+
+
+def test_a_layer_that_vanishes_or_wakes_is_still_the_first() -> None:
+    values = sound_run()
+    values[7, 200:] *= 1e-41
+    assert departures(groups(values), LAYERS)[0].layer == "blocks.7"
+    values[7] = np.where(STEPS < 200, 1e-41, 1.0)
+    first = departures(groups(values), LAYERS)[0]
+    assert (first.layer, first.step in (200, 201)) == ("blocks.7", True)
+    assert 5 < first.decades < 8
+
+
 def test_zeros_and_negative_values_are_passed_over() -> None:
     values = np.zeros((12, 400))
     values[4] = -1.0
@@ -113,3 +136,18 @@ def test_alerts_come_before_what_is_plain_and_divergence_before_warnings() -> No
     story = tell([ALERT, divergence], departures(groups(values), LAYERS))
     assert (story.layer, story.step) == ("blocks.9", 80)
     assert tell([ALERT], []).title == "gradient explosion in blocks.2"
+
+
+def test_of_warnings_an_event_is_told_before_the_condition_that_came_first() -> None:
+    growth = replace(ALERT, kind="logit-growth")
+    spike = Alert(900, ALL_LAYERS, "loss", "warning", 9.0, 2.0, "it jumped.", kind="loss-spike")
+    story = tell([growth, spike, replace(spike, step=950)], [])
+    assert (story.title, story.step) == ("loss spike in the whole model", 900)
+    assert story.sentence.endswith("it jumped. Before it came logit growth in `blocks.2` at step 30.")
+    assert story.spread == ("blocks.2",)
+    follows = replace(spike, reason=f"it jumped. It follows {growth.in_short}.")
+    assert tell([growth, follows], []).sentence.count("at step 30") == 1
+    assert tell([growth, replace(growth, step=60)], []).step == 30
+    divergence = replace(growth, step=60, severity="divergence", onset_step=25)
+    assert tell([growth, spike, divergence], []).step == 25
+    assert "Before it" not in tell([growth, divergence], []).sentence

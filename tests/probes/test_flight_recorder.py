@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 import probes
-from probes.flight_recorder import MAX_COLUMNS, FlightRecorder, set_aside
+from probes.flight_recorder import FlightRecorder, set_aside
 from probes.flight_recorder_file import FILE_NAME, Layout, read_steps
 from probes.record import Series, StepRecords
+from probes.sinks.known_series import MAX_SETS
 
 
 def names(count: int, head: int | None = None) -> tuple[Series, ...]:
@@ -75,7 +76,7 @@ def test_its_size_is_what_the_docstring_says_however_long_it_records(tmp_path: P
     assert os.path.getsize(recorder.path) == stated == len(recorder._map)
     # In the process: the names, and the sets of series that were seen.
     assert len(recorder._numbers) == 36
-    assert len(recorder._columns) <= MAX_COLUMNS
+    assert len(recorder._columns) <= MAX_SETS
 
 
 def test_the_size_that_attach_states(tmp_path: Path) -> None:

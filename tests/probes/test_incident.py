@@ -251,6 +251,20 @@ class TestHowItWentOn:
         assert end.splitlines()[2].endswith("Since then: update rms in `2` at step 3.")
         assert "| spread to | `2` |" in end
 
+    def test_of_an_event_rather_than_the_condition_that_came_before(self, tmp_path: Path) -> None:
+        def alert(step: int, kind: str) -> Alert:
+            return Alert(step, "2", "grad_norm", "warning", 9.0, 1.0, "it is large.", kind, step)
+
+        kinds = {2: "logit-growth", 4: "loss-spike", 5: "update-rms"}
+        detector = EpisodeDetector([Spoken({step: alert(step, kind) for step, kind in kinds.items()})])
+        train(tmp_path, 10, {}, detectors=[detector])
+        end = (tmp_path / "incidents" / "step-000010-exit" / "report.md").read_text().splitlines()[2]
+        assert end.startswith(
+            "The training ended after step 10; loss spike (warning) began in `2` at step 4: "
+        )
+        assert "It follows logit-growth in 2 at step 2" in end
+        assert end.endswith("Since then: update rms in `2` at step 5.")
+
 
 class TestWhat:
     @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import probes
-from stability.divergence import NonFiniteDetector
+from stability.divergence import LossDetector, NonFiniteDetector
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -57,6 +57,17 @@ def test_the_state_of_a_model_of_which_a_part_is_new() -> None:
     with probes.attach(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))) as probe:
         probe.load_state_dict(state)
         assert "step 1" in repr(probe)
+
+
+def test_losses_that_have_changed_places_are_not_the_same_detectors() -> None:
+    model, (first, second) = nn.Linear(2, 1), (LossDetector(name="a"), LossDetector(name="b"))
+    with probes.attach(model, detectors=[first, second]) as probe:
+        state = probe.state_dict()
+    with probes.attach(model, detectors=[LossDetector(name="b"), LossDetector(name="a")]) as probe:
+        with pytest.raises(ValueError, match=r"\['LossDetector a', 'LossDetector b'\]; this probe has"):
+            probe.load_state_dict(state)
+        of_an_earlier_version = [(name.split()[0], saved) for name, saved in state["detectors"]]
+        probe.load_state_dict({**state, "detectors": of_an_earlier_version})
 
 
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -276,6 +276,75 @@ def test_torch_calls_the_argument_of_softmax_by_other_names_too() -> None:
         assert named(x=logits, axis=-1).equal(expected)
 
 
+def test_an_optimizer_that_is_replaced_is_told_of_at_the_second_step_of_the_other() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probes.attach(model, optimizer):
+        train(model, optimizer, 3)
+        other = torch.optim.Adam([*model[0].parameters()])
+        train(model, other)
+        with pytest.warns(ProbeWarning, match=r"step 3 does not end: the SGD .* Adam, steps over the same"):
+            train(model, other)
+        train(model, other)  # once
+
+
+def test_an_optimizer_of_several_that_is_replaced_is_told_of_while_others_step() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    first, second, other = (torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 1, 1))
+    with probes.attach(model, [first, second]):
+        for _ in range(2):
+            train(model, first)
+            train(model, second)
+        train(model, first)
+        train(model, other)
+        train(model, first)
+        with pytest.warns(ProbeWarning, match="step 2 does not end"):
+            train(model, other)
+
+
+def test_optimizers_that_step_beside_the_watched_one_are_no_replacement() -> None:
+    """Turns over the same parameters, steps within steps, other parameters; steps skipped or late."""
+    model, critic = nn.Linear(2, 1), nn.Linear(2, 1)
+    watched, turns = torch.optim.SGD(model.parameters(), lr=0.1), hooked_twice(model)
+    disjoint = torch.optim.Adam(critic.parameters())
+
+    class Outer(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> Any:
+            return watched.step(closure)
+
+    outer = Outer(model.parameters(), {})
+    outermost = Outer(model.parameters(), {})
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    with probes.attach(model, watched) as probe:
+        for _ in range(3):
+            train(model, watched)
+            train(model, turns)
+            train(model, outer)
+            train(model, outermost)
+            train(critic, disjoint, 2)
+            for _ in range(3):  # accumulated
+                model(torch.ones(2, 2)).sum().backward()
+            scaler.scale(model(torch.full((2, 2), torch.inf)).sum()).backward()
+            scaler.step(watched)
+            scaler.update()
+    assert probe._watch.step == 12
+
+
+def test_an_optimizer_that_steps_by_several_steps_of_another_is_not_replaced() -> None:
+    model = nn.Linear(2, 1)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class Twice(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> Any:
+            inner.step(closure)
+            return inner.step(closure)
+
+    optimizer = Twice(model.parameters(), {})
+    with probes.attach(model, optimizer) as probe:
+        train(model, optimizer, 3)
+    assert probe._watch.step == 3
+
+
 def test_parameters_that_came_after_the_probe_are_told_of_once() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,21 @@ def test_a_name_that_utf_8_cannot_hold(tmp_path: Path) -> None:
     sink.write(StepRecords(0, (Series("caf\udce9", "grad_norm"),), np.ones(1), np.ones(1)))
     sink.close()
     assert "caf?,grad_norm,1.0" in sink.path.read_text()
+
+
+def test_line_ends_within_a_name_or_a_reason_end_no_row(tmp_path: Path) -> None:
+    sink = CsvSink(tmp_path / "run.csv")
+    series = tuple(Series(layer, "grad_norm") for layer in ("a\rb", "c\nd", "\r\n", 'e"\r'))
+    sink.write(StepRecords(0, series, np.ones(4), np.full(4, math.nan)))
+    sink.write_alert(replace(DIVERGENCE, reason="it grew\r"))
+    sink.close()
+    CsvSink(sink.path).close()  # which looks for half a row
+    with sink.path.open(newline="") as file:
+        _, *rows = csv.reader(file)
+    assert [row[1] for row in rows[:-1]] == [name.layer for name in series]
+    assert rows[-1][-1] == "it grew\r"
+    assert pd.read_csv(sink.path)["layer"].tolist()[:2] == ["a\rb", "c\nd"]
+    assert sink.path.read_bytes().count(b"\r\n") == 1
 
 
 def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

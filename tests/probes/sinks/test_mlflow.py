@@ -85,6 +85,16 @@ def test_every_layer_has_a_metric_whatever_its_name(mlflow: Any) -> None:
     assert {name[17:] for name in of_layers} >= {"a", "a_b", "a_b_2", "a_b_3", "caf_"}
 
 
+def test_a_sink_that_two_probes_share_sends_what_comes_after_the_first_has_closed(mlflow: Any) -> None:
+    with mlflow.start_run() as run:
+        sink = MLflowSink(every=1)
+        for step in range(3):
+            sink.write(StepRecords(step, (Series("a", "grad_norm"),), np.full(1, step), np.full(1, math.nan)))
+            sink.close()
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "probes/grad_norm/a")
+    assert [metric.value for metric in history] == [0.0, 1.0, 2.0]
+
+
 def test_a_step_of_more_metrics_than_a_request_may_have_is_split(mlflow: Any) -> None:
     model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(600)))
     with mlflow.start_run() as run:

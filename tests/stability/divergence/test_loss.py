@@ -69,6 +69,18 @@ def test_first_steps_that_are_healthy_are_quiet() -> None:
     assert not verdicts(LossDetector(), with_norm([1.0, 5.0, 5.0] * 5, [-1.0, 2.0, 2.0] * 5))
 
 
+def test_rounding_of_a_loss_that_has_come_to_zero_is_quiet() -> None:
+    """One batch learned by heart: cross-entropy in float32 is zero, or a few roundings."""
+
+    def series(last: float) -> list[tuple[int, Step]]:
+        losses = [*np.geomspace(2.3, 1e-7, 60).tolist(), *[0.0] * 150, last, 0.0]
+        return [(step, {"loss": {"(all)": loss}}) for step, loss in enumerate(losses)]
+
+    assert not verdicts(LossDetector(), series(1e-6))
+    [alert] = verdicts(LossDetector(), series(1e-3))
+    assert (alert.kind, alert.value) == ("loss-spike", 1e-3)
+
+
 @pytest.mark.parametrize("tail", ["normal", "exponential"])
 def test_noise_of_a_constant_level_is_quiet(tail: str) -> None:
     rng = np.random.default_rng(0)

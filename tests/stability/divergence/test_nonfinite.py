@@ -136,6 +136,15 @@ def test_a_logged_gradient_norm_does_not_hide_the_layer_that_broke_it() -> None:
     assert alert.reason.endswith("1 of 3 layers; gnorm, which the script logged, is nan.")
 
 
+def test_readings_that_the_caller_uses_again_do_not_change_the_past() -> None:
+    detector, readings = NonFiniteDetector(), {"d_loss": {"(all)": 0.7}, "grad_norm": {"g": 1.0, "d": 1.0}}
+    assert not detector.update(0, readings)
+    readings["d_loss"]["(all)"] = readings["grad_norm"]["g"] = readings["grad_norm"]["d"] = NAN
+    (alert,) = detector.update(1, readings)
+    assert alert.quantity == "d_loss"
+    assert alert.evidence[0] == (0, 0.7)
+
+
 def test_a_layer_with_evidence_is_named_before_a_logged_loss() -> None:
     detector = NonFiniteDetector()
     assert not detector.update(0, {"d_loss": {"(all)": 0.7}, "grad_norm": {"g": 1.0, "d": 1.0}})

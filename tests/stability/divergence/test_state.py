@@ -10,6 +10,7 @@ import pytest
 
 from stability.divergence import (
     Detector,
+    EpisodeDetector,
     FrozenLayerDetector,
     GradientExplosionDetector,
     InitialisationDetector,
@@ -52,6 +53,36 @@ def everything_goes_wrong(readings: Step, since: int) -> None:
     readings["loss"]["(all)"] *= 1.5**since
     if since % 9 == 8:
         readings["grad_norm"]["blocks.0.mlp"] = math.nan
+
+
+def two_losses(step: int) -> Step:
+    return {"loss": {"(all)": 2 + 0.01 * (step % 7)}, "auxiliary": {"(all)": 50 + 0.1 * (step % 5)}}
+
+
+def of_losses(*names: str) -> EpisodeDetector:
+    return EpisodeDetector([LossDetector(name=name) for name in names])
+
+
+@pytest.mark.parametrize("names", [("auxiliary", "loss"), ("other", "loss", "auxiliary"), ("auxiliary",)])
+def test_each_loss_finds_its_own_past_whatever_their_order(names: tuple[str, ...]) -> None:
+    before, resumed = of_losses("loss", "auxiliary"), of_losses(*names)
+    for step in range(100):
+        assert before.update(step, two_losses(step)) == []
+    resumed.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert [resumed.update(step, two_losses(step)) for step in range(100, 120)] == [[]] * 20
+    [alert] = resumed.update(120, {"loss": {"(all)": 2.0}, "auxiliary": {"(all)": 90.0}})
+    assert alert.quantity == "auxiliary"
+
+
+def test_a_state_that_numbered_losses_is_read() -> None:
+    before, resumed = of_losses("loss", "auxiliary"), of_losses("loss", "auxiliary")
+    for step in range(100):
+        before.update(step, two_losses(step))
+    state = before.state_dict()
+    of_loss, of_auxiliary = state["detectors"].values()
+    state["detectors"] = {"LossDetector": of_loss, "LossDetector 2": of_auxiliary}
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == before.state_dict()
 
 
 @pytest.mark.parametrize("make", DETECTORS)
