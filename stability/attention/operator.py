@@ -189,7 +189,7 @@ def _register(operator: OpOverload, compute: Kernel, function: type[torch.autogr
 
     @torch._disable_dynamo  # called by the dispatcher, below what dynamo traces
     def differentiate(keyset: DispatchKeySet, *tensors: Any, **options: Any) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors if tensor is not None):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
             return function.apply(keyset, options, *tensors)
         return _below_autograd(operator, keyset, tensors, options)
 

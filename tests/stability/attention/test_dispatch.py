@@ -149,6 +149,16 @@ def test_the_graph_says_what_was_computed() -> None:
     assert grad.grad_fn.name() == "_SigmoidAttentionGradientsBackward"
 
 
+def test_compiled_code_follows_autocast() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(sigmoid_attention, fullgraph=True, backend="eager")
+    x = torch.randn(1, 2, 4, 8)
+    assert compiled(x, x, x).dtype is torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(x, x, x).dtype is torch.bfloat16
+    assert compiled(x, x, x).dtype is torch.float32
+
+
 def test_it_compiles_into_one_graph_on_the_cpu() -> None:
     query, key, value = (torch.randn(2, 2, 8, 4, requires_grad=True) for _ in range(3))
     lengths = torch.tensor([8, 3])
