@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKeySet
+from torch._library.custom_ops import get_library_allowing_overwrite
 from torch._ops import OpOverload
 
 from stability.attention.double_backward import differentiate_twice
@@ -81,7 +82,8 @@ def attend(
     )
 
 
-_LIBRARY = torch.library.Library("stability", "FRAGMENT")
+# What custom_op takes, too: this module can be imported once more, which a plain Library would refuse.
+_LIBRARY = get_library_allowing_overwrite("stability", "sigmoid_attention")
 _LIBRARY.define(
     f"sigmoid_attention({_TENSORS}, *, {_OPTIONS}, bool needs_statistics) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
@@ -119,8 +121,11 @@ def _(
     )
 
 
-class _Forward(torch.autograd.Function):
-    """The output with its gradients by `_backward`."""
+class _SigmoidAttention(torch.autograd.Function):
+    """The output with its gradients by `_backward`.
+
+    Profiles, anomaly mode and `output.grad_fn` show the name of the class.
+    """
 
     @staticmethod
     def forward(
@@ -149,7 +154,7 @@ class _Forward(torch.autograd.Function):
         return None, None, *kept, None, None, None, None
 
 
-class _Backward(torch.autograd.Function):
+class _SigmoidAttentionGradients(torch.autograd.Function):
     """The gradients with theirs by the reference."""
 
     @staticmethod
@@ -184,7 +189,7 @@ def _register(operator: OpOverload, compute: Kernel, function: type[torch.autogr
 
     @torch._disable_dynamo  # called by the dispatcher, below what dynamo traces
     def differentiate(keyset: DispatchKeySet, *tensors: Any, **options: Any) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors if tensor is not None):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
             return function.apply(keyset, options, *tensors)
         return _below_autograd(operator, keyset, tensors, options)
 
@@ -192,5 +197,5 @@ def _register(operator: OpOverload, compute: Kernel, function: type[torch.autogr
     _LIBRARY.impl(operator, differentiate, "Autograd", with_keyset=True)
 
 
-_register(_forward, compute_forward, _Forward)
-_register(_backward, compute_backward, _Backward)
+_register(_forward, compute_forward, _SigmoidAttention)
+_register(_backward, compute_backward, _SigmoidAttentionGradients)

@@ -14,6 +14,8 @@ from torch.func import jvp
 
 from stability.attention import dispatch, explain, kernel_call, sigmoid_attention
 from stability.attention.call import AttentionCall
+from stability.attention.operands import make_operands
+from stability.attention.operator import attend
 from stability.attention.validation import LogitTerms, logit_terms
 
 
@@ -116,6 +118,45 @@ def test_without_triton_the_reference_computes_and_says_so() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "not 'triton': Triton is not installed." in result.stdout
+
+
+def test_the_package_is_imported_once_more() -> None:
+    """As by tests and notebooks that drop modules to get their code anew."""
+    code = (
+        "import sys, stability as first\n"
+        "for name in [name for name in sys.modules if name.startswith('stability')]:\n"
+        "    del sys.modules[name]\n"
+        "import torch, stability\n"
+        "from stability.attention.operator import _forward\n"
+        "assert stability is not first\n"
+        "x = torch.empty(1, 1, 2, 4, device='meta')\n"
+        "options = dict(scale=1.0, is_causal=False, is_fast=False, implementation='auto')\n"
+        "options |= dict(max_tokens_q=2, max_tokens_k=2, needs_statistics=False)\n"
+        "print(_forward(x, x, x, x[:, :, 0, 0], *[None] * 5, **options)[0].shape)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout == "torch.Size([1, 1, 2, 4])\n", result.stderr
+
+
+def test_the_graph_says_what_was_computed() -> None:
+    """Anomaly mode and profiles show these names."""
+    key = torch.empty(1, 1, 2, 4, device="meta")
+    query = torch.empty_like(key, requires_grad=True)
+    operands = make_operands(query, key, key, logit_terms(AttentionCall("sigmoid", query, key)))
+    output, _, _ = attend(operands, scale=1.0, is_causal=False, is_fast=False, implementation="auto")
+    assert output.grad_fn.name() == "_SigmoidAttentionBackward"
+    (grad,) = torch.autograd.grad(output.sum(), query, create_graph=True)
+    assert grad.grad_fn.name() == "_SigmoidAttentionGradientsBackward"
+
+
+def test_compiled_code_follows_autocast() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(sigmoid_attention, fullgraph=True, backend="eager")
+    x = torch.randn(1, 2, 4, 8)
+    assert compiled(x, x, x).dtype is torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(x, x, x).dtype is torch.bfloat16
+    assert compiled(x, x, x).dtype is torch.float32
 
 
 def test_it_compiles_into_one_graph_on_the_cpu() -> None:
