@@ -124,23 +124,20 @@ def measure_case(
         found.append(contender)
         functions[contender.name], attention[contender.name] = step, own
     turns = time_rounds(functions, dict.fromkeys(functions, steps), rounds=rounds, device=device)
-    computed = {}
     if device == "cuda":
-        computed = {name: gpu_share(functions[name], attention[name], num_layers) for name in functions}
-        alone = {name: share.alone for name, share in computed.items()}
+        times = {name: times_on_gpu(functions[name], attention[name], num_layers) for name in functions}
     else:
         both_passes = measure(attention, rounds=3, turn_ms=20.0, device=device)
-        alone = {name: num_layers * milliseconds for name, milliseconds in both_passes.items()}
+        times = {name: AttentionTimes(num_layers * each) for name, each in both_passes.items()}
     tokens = sum(case.lengths or [case.tokens] * case.batch)
     speeds = []
     for contender in found:
         median = float(np.median(turns[contender.name]))
-        share = computed.get(contender.name)
+        attending = times[contender.name]
         speeds.append(
             Speed(
                 contender.name, contender.kind, median, 1e3 * tokens / median,
-                alone[contender.name], alone[contender.name] / median,
-                None if share is None else share.step, None if share is None else share.in_step,
+                attending.alone, attending.alone / median, attending.step, attending.in_step,
                 turns[contender.name],
             )
         )  # fmt: skip
@@ -148,22 +145,24 @@ def measure_case(
 
 
 @dataclass(frozen=True)
-class GpuShare:
-    """What a GPU computes of a training step, without the time in which it waits for its host.
+class AttentionTimes:
+    """Milliseconds of attention; on a GPU what it computes, without the time in which it waits for its host.
 
     Attributes:
-        step: Milliseconds a step.
-        in_step: Of these, attention's own kernels: those that attention alone launches, PyTorch's general
-            ones left out, since the rest of the step has them too.
         alone: Attention of all layers by itself, forward and backward.
+        step: What a GPU computes of a whole training step. None on the CPU.
+        in_step: Of this, attention's own kernels: those that attention alone launches, PyTorch's general
+            ones left out, since the rest of the step has them too. None on the CPU.
     """
 
-    step: float
-    in_step: float
     alone: float
+    step: float | None = None
+    in_step: float | None = None
 
 
-def gpu_share(step: Callable[[], object], attention: Callable[[], object], num_layers: int) -> GpuShare:
+def times_on_gpu(
+    step: Callable[[], object], attention: Callable[[], object], num_layers: int
+) -> AttentionTimes:
     """Profiles a step, and attention by itself.
 
     Args:
@@ -173,7 +172,8 @@ def gpu_share(step: Callable[[], object], attention: Callable[[], object], num_l
     """
     of_step, of_attention = gpu_times(step, calls=2)[0], gpu_times(attention, calls=10)[0]
     own = (name for name in of_attention if not name.startswith(_GENERAL))
-    return GpuShare(of_step.total(), sum(of_step[name] for name in own), num_layers * of_attention.total())
+    in_step = sum(of_step[name] for name in own)
+    return AttentionTimes(num_layers * of_attention.total(), of_step.total(), in_step)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -3,17 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from weakref import WeakSet
-
-from probes.sinks.csv import CsvSink
-from probes.sinks.jsonl import JsonLinesSink
-from probes.sinks.sink import Sink
-from probes.sinks.tensorboard import TensorBoardSink
-
-# Each writes the steps of one training, in their order. A subclass may have made up its mind to do otherwise.
-_FILE_SINKS = (JsonLinesSink, CsvSink, TensorBoardSink)
-_taken: WeakSet[Sink] = WeakSet()  # by probes that are open
+from collections.abc import Sequence
 
 
 def check_count(name: str, value: object, *, minimum: int) -> None:
@@ -52,20 +42,3 @@ def check_members(name: str, members: object, protocol: type, example: str) -> N
             raise TypeError(f"{expected}; got the class {member.__name__} itself.")
         if not all(callable(getattr(member, method, None)) for method in methods):
             raise TypeError(f"{expected}; one of them is {type(member).__name__}.")
-
-
-def check_sinks_are_free(sinks: Sequence[Sink]) -> None:
-    """Raises if one writes a file for another open probe: steps would be mixed, and end with the first."""
-    for index, sink in enumerate(sinks):
-        if type(sink) in _FILE_SINKS and (sink in _taken or any(sink is one for one in sinks[:index])):
-            raise ValueError(
-                f"`sinks` holds a {type(sink).__name__} twice, or one that another open probe writes to. "
-                "Make one with a path of its own for each, or close the other probe first."
-            )
-
-
-def take_sinks(sinks: Sequence[Sink]) -> Callable[[], None]:
-    """Takes the files among the sinks for a probe; answers with the function that gives them back."""
-    taken = [sink for sink in sinks if type(sink) in _FILE_SINKS]
-    _taken.update(taken)
-    return lambda: _taken.difference_update(taken)

@@ -16,14 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from probes.alerts import AlertAction, OnDivergence
-from probes.arguments import (
-    check_count,
-    check_flag,
-    check_log_dir,
-    check_members,
-    check_sinks_are_free,
-    take_sinks,
-)
+from probes.arguments import check_count, check_flag, check_log_dir, check_members
 from probes.delivery import Delivery
 from probes.detector_quantities import check_quantities
 from probes.distributed import join_ranks, told_of, unwrapped
@@ -36,6 +29,7 @@ from probes.probe import Probe
 from probes.schedule import Schedule
 from probes.sessions import EarlierSession
 from probes.sinks.sink import Sink
+from probes.sinks.taken import check_sinks_are_free, take_sinks
 from probes.sinks.tensorboard import HParam, TensorBoardSink, check_hparams
 from probes.snapshots import Snapshots
 from stability.divergence import Detector, default_detectors

@@ -63,7 +63,14 @@ def choose_kernel(
 
 
 def compute_forward(*tensors: Any, needs_statistics: bool, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Output and statistics of the rows: `stability::sigmoid_attention`."""
+    """Computes `stability::sigmoid_attention`: the operator's arguments, and its results.
+
+    Returns:
+        Output [batch, heads, tokens_q, value_dim] in the query's dtype, and the statistics of the rows.
+
+    Raises:
+        ValueError: "hopper" was asked for by name and cannot compute this.
+    """
     operands, (row_sum, derivative_max) = Operands(*tensors), empty_statistics(tensors[0], needs_statistics)
     module, arguments = _prepare(operands, needs_statistics=needs_statistics, **options)
     if needs_statistics:
@@ -80,7 +87,15 @@ def compute_backward(
     needs_score_bias_grad: bool,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """The five gradients, empty where not needed: `stability::sigmoid_attention_backward`."""
+    """Computes `stability::sigmoid_attention_backward`: the operator's arguments, and its results.
+
+    Returns:
+        Gradients of query, key, value, bias and score_bias, each like its tensor; of the last two empty where
+        not needed.
+
+    Raises:
+        ValueError: "hopper" was asked for by name and cannot compute this.
+    """
     operands = Operands(*tensors)
     module, arguments = _prepare(operands, needs_statistics=False, **options)
     with torch.cuda.device_of(operands.query):

@@ -9,7 +9,7 @@ import torch
 
 from experiments import training_speed
 from experiments.attention_contenders import Case, Contender
-from experiments.training_speed import PRESETS, case_name, gpu_share, main, measure_case
+from experiments.training_speed import PRESETS, case_name, main, measure_case, times_on_gpu
 from experiments.training_speed_contenders import (
     PackedAttention,
     SharedTraining,
@@ -240,8 +240,8 @@ def test_attention_in_a_step_is_its_own_kernels(monkeypatch):
         "attention": Counter({"flash": 2.0, "void at::native::copy": 0.5}),
     }
     monkeypatch.setattr(training_speed, "gpu_times", lambda function, calls: (times[function()], 1))
-    share = gpu_share(lambda: "step", lambda: "attention", num_layers=12)
-    assert (share.step, share.in_step, share.alone) == (95.0, 20.0, 30.0)
+    found = times_on_gpu(lambda: "step", lambda: "attention", num_layers=12)
+    assert (found.alone, found.step, found.in_step) == (30.0, 95.0, 20.0)
 
 
 @pytest.mark.gpu
