@@ -210,18 +210,22 @@ def claim_sentence(
     found = f"sigmoid {total.difference:+.4f} against softmax's mean of {total.softmax:.4f} ({over})"
     low, high = total.difference_low, total.difference_high
     claim, least = str(direction), 0.0
-    if np.isnan(total.relative):
+    sized = f"{size:.0%} {direction}" if size else claim
+    if broken := [each.dataset for each in comparisons if not np.isfinite(each.difference)]:
+        claim, found = sized, f"no mean is told, as a value of {', '.join(broken)} is no finite number"
+    elif np.isnan(total.relative):
         found += f", of which no share is taken, that mean being below {LEAST_MEAN:g}"
+        found += f" ({sized} is not judged then)" if size else ""
     else:
         found += f", {total.relative:+.1%}"
         if size:
-            claim, least, low, high = f"{size:.0%} {direction}", size, total.low, total.high
+            claim, least, low, high = sized, size, total.low, total.high
             found += "" if is_single else f" ({low:+.1%} to {high:+.1%})"
     bottom, top = (low, high) if direction == "higher" else (-high, -low)
     answer = "neither reached nor excluded"
     if bottom > 0 and bottom >= least:
         answer = "reached"
-    elif top <= least:
+    elif top < least:  # no difference at all is on neither side
         answer = "excluded"
     higher, lower, undecided = (_names(comparisons, verdict) for verdict in ("higher", "lower", "undecided"))
     return (

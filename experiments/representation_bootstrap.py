@@ -1,9 +1,10 @@
 """How far the paired differences depend on which cells are held out: a bootstrap over them, at report time.
 
 The seeds of a data set replicate training alone; split, held-out cells and chosen rate are the same for all.
-This second interval draws the held-out cells anew, or their donors where at least ten are held out, each with
-the mean of its difference over the seeds. Cells keep their score and not their neighbours: a copy of a cell
-beside it would be its nearest.
+This second interval draws the held-out cells anew, or their donors where at least ten are held out, the same
+ones for both mechanisms and all seeds, and takes the mean difference over the seeds of each draw. A cell is
+held against the cells of the draw: those that are drawn move the scores of all others, too, and scores that
+stayed as they were would make intervals half as wide. A cell is never held against copies of itself.
 """
 
 from __future__ import annotations
@@ -53,55 +54,107 @@ def cell_intervals(runs: Sequence[RawRun]) -> dict[str, dict[str, CellInterval]]
         for run in runs
         if run.config["purpose"] == "final"
     }
-    differences: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
-    shares: dict[tuple[str, str], NDArray[np.float64]] = {}
-    units: dict[str, tuple[str, NDArray[np.int64]]] = {}
-    for (dataset, mechanism, seed), softmax in finals.items():
-        sigmoid = finals.get((dataset, "sigmoid", seed))
-        if mechanism != "softmax" or sigmoid is None:
-            continue
-        units[dataset] = _units(softmax)
-        ours, theirs = cell_scores(sigmoid), cell_scores(softmax)
-        for metric, (scores, share) in theirs.items():
-            differences.setdefault((metric, dataset), []).append(ours[metric][0] - scores)
-            shares[metric, dataset] = share
     found: dict[str, dict[str, CellInterval]] = {}
-    for (metric, dataset), by_seed in differences.items():
-        unit, unit_of = units[dataset]
-        low, high = _bootstrap(np.mean(by_seed, axis=0), shares[metric, dataset], unit_of)
-        count = int(unit_of.max()) + 1
-        found.setdefault(metric, {})[dataset] = CellInterval(low, high, unit, count)
+    for dataset in dict.fromkeys(dataset for dataset, *_ in finals):
+        pairs = [
+            (softmax, finals[dataset, "sigmoid", seed])
+            for (name, mechanism, seed), softmax in finals.items()
+            if (name, mechanism) == (dataset, "softmax") and (dataset, "sigmoid", seed) in finals
+        ]
+        if not pairs:
+            continue
+        unit, unit_of = _units(pairs[0][0])
+        times = drawn(unit_of)
+        by_seed: dict[str, list[NDArray[np.float64]]] = {}
+        for softmax, sigmoid in pairs:
+            theirs, ours = drawn_metrics(softmax, times), drawn_metrics(sigmoid, times)
+            for metric, values in theirs.items():
+                by_seed.setdefault(metric, []).append(ours[metric] - values)
+        for metric, differences in by_seed.items():
+            # A draw of fewer than two types has no silhouette.
+            low, high = np.nanquantile(np.mean(differences, axis=0), [LEVEL / 2, 1 - LEVEL / 2])
+            interval = CellInterval(float(low), float(high), unit, int(unit_of.max()) + 1)
+            found.setdefault(metric, {})[dataset] = interval
     return found
 
 
-def cell_scores(run: RawRun) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """What each held-out cell adds to the primary metrics.
+def drawn(unit_of: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How often each cell is in each draw.
+
+    Args:
+        unit_of: [cells] which unit a cell is of; units are drawn, as many as there are.
+
+    Returns:
+        [cells, draws].
+    """
+    count = int(unit_of.max()) + 1
+    times = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS)
+    return times.T[unit_of].astype(np.float64)
+
+
+def drawn_metrics(run: RawRun, times: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """The primary metrics of each draw.
 
     Args:
         run: A final one.
+        times: [cells, draws] how often each held-out cell is in a draw.
 
     Returns:
-        Metric → [cells] scores and [cells] shares; the metric is Σ share · score / Σ share. Cells that are
-        alone in their type have no share but in the loss.
+        Metric → [draws]. Types of which a draw has fewer than two cells are left out but in the loss; no
+        silhouette (NaN) where no two types are left.
     """
-    from sklearn.metrics import silhouette_samples
+    from sklearn.metrics import pairwise_distances
 
-    types = run.arrays["labels"]
-    _, type_of, counts = np.unique(types, return_inverse=True, return_counts=True)
-    is_kept = counts[type_of] > 1
-    embeddings, kept = run.arrays["embeddings"][is_kept].astype(np.float64), types[is_kept]
-    silhouettes, cohesion = np.zeros(len(types)), np.zeros(len(types))
-    silhouettes[is_kept] = silhouette_samples(embeddings, kept)
+    embeddings = run.arrays["embeddings"].astype(np.float64)
+    names, type_of = np.unique(run.arrays["labels"], return_inverse=True)
+    cells_of = [np.flatnonzero(type_of == t) for t in range(len(names))]
     similar = cosines(embeddings, run.arrays["embeddings_centre"])
     np.fill_diagonal(similar, 0.0)
-    is_same = kept[:, None] == kept
-    cohesion[is_kept] = (similar * is_same).sum(axis=1) / (is_same.sum(axis=1) - 1)
-    hidden = run.arrays["hidden"].astype(np.float64)
-    return {
-        "silhouette": (silhouettes, is_kept.astype(np.float64)),
-        "cohesion": (cohesion, is_kept / counts[type_of]),
-        "held_out_loss": (run.arrays["losses"] / hidden, hidden),
-    }
+    with np.errstate(divide="ignore", invalid="ignore"):  # where a type is not in a draw
+        losses = (run.arrays["losses"].astype(np.float64) @ times) / (run.arrays["hidden"] @ times)
+        return {
+            "silhouette": _silhouettes(pairwise_distances(embeddings), cells_of, times),
+            "cohesion": _cohesion(similar, cells_of, times),
+            "held_out_loss": losses,
+        }
+
+
+def _silhouettes(
+    distances: NDArray[np.float64], cells_of: list[NDArray[np.int64]], times: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    own, nearest = np.zeros_like(times), np.full_like(times, np.inf)
+    shares = np.zeros_like(times)
+    for cells in cells_of:
+        is_kept = _is_kept(times[cells])
+        sums, sizes = distances[:, cells] @ times[cells], times[cells].sum(axis=0)
+        own[cells] = sums[cells] / (sizes - times[cells])  # the cell itself is at distance 0
+        others = np.delete(np.arange(len(times)), cells)
+        nearest[others] = np.minimum(nearest[others], np.where(is_kept, sums[others] / sizes, np.inf))
+        shares[cells] = times[cells] * is_kept
+    largest = np.maximum(own, nearest)
+    scores = np.where(largest > 0, (nearest - own) / np.where(largest > 0, largest, 1.0), 0.0)
+    means: NDArray[np.float64] = np.where(shares > 0, shares * scores, 0.0).sum(axis=0) / shares.sum(axis=0)
+    return means
+
+
+def _cohesion(
+    similar: NDArray[np.float64], cells_of: list[NDArray[np.int64]], times: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    total, num_types = np.zeros(times.shape[1]), np.zeros(times.shape[1])
+    for cells in cells_of:
+        ours = times[cells]
+        is_kept, sizes = _is_kept(ours), ours.sum(axis=0)
+        sums = (ours * (similar[np.ix_(cells, cells)] @ ours)).sum(axis=0)
+        total += np.where(is_kept, sums / (ours * (sizes - ours)).sum(axis=0), 0.0)
+        num_types += is_kept
+    means: NDArray[np.float64] = total / num_types
+    return means
+
+
+def _is_kept(times: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """[draws] whether two cells of a type are there: copies of one are one."""
+    kept: NDArray[np.bool_] = (times > 0).sum(axis=0) > 1
+    return kept
 
 
 def _units(run: RawRun) -> tuple[str, NDArray[np.int64]]:
@@ -110,13 +163,3 @@ def _units(run: RawRun) -> tuple[str, NDArray[np.int64]]:
     if groups is not None and len(np.unique(groups)) >= LEAST_GROUPS:
         return "groups", np.unique(groups, return_inverse=True)[1]
     return "cells", np.arange(len(run.arrays["labels"]))
-
-
-def _bootstrap(
-    differences: NDArray[np.float64], shares: NDArray[np.float64], unit_of: NDArray[np.int64]
-) -> tuple[float, float]:
-    sums, sizes = np.bincount(unit_of, weights=shares * differences), np.bincount(unit_of, weights=shares)
-    counts = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=DRAWS)
-    means = (counts @ sums) / (counts @ sizes)
-    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
-    return float(low), float(high)

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.paired_comparison import Comparison
+from experiments.representation_findings import interval_level
 from experiments.representation_results import RawRun
 from experiments.representation_scope import Scope
 
 # Embeddings and types, as they are in a run.
 Picture = tuple[Any, Any]
-PANELS = ("PCA", "untrained", "softmax", "sigmoid")
+PANELS = ("PCA", "softmax untrained", "softmax", "sigmoid")
 
 
 def draw_differences(path: Path, comparisons: dict[str, list[Comparison]], scope: Scope) -> None:
@@ -44,11 +45,16 @@ def draw_differences(path: Path, comparisons: dict[str, list[Comparison]], scope
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("sigmoid less softmax", fontsize=8)
         panel.tick_params(labelsize=8)
+        panel.locator_params(axis="x", nbins=4)  # numbers of five digits would touch
         panel.grid(axis="x", color="0.9")
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
     panel.invert_yaxis()
-    figure.suptitle("Mean paired differences; grey: undecided (Holm; a control by itself)", fontsize=10)
+    figure.suptitle(
+        f"Mean paired differences, intervals over seeds at {interval_level(scope)}; "
+        "grey: undecided (Holm; a control by itself)",
+        fontsize=10,
+    )
     figure.savefig(path)
 
 
@@ -69,18 +75,20 @@ def draw_embeddings(path: Path, runs: Sequence[RawRun]) -> None:
     }
     if not shown:
         return
-    figure = Figure(figsize=(12, 3.1 * len(shown)), layout="constrained", dpi=100)
+    controls = {run.config["dataset"] for run in runs if run.facts.get("is_control")}
+    figure = Figure(figsize=(12, 3.1 * len(shown)), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     for row, (dataset, found) in zip(
         figure.subplots(len(shown), len(PANELS), squeeze=False), shown.items(), strict=True
     ):
+        remark = " (control)" if dataset in controls else ""
         for panel, name in zip(row, PANELS, strict=True):
             panel.set_xticks([])
             panel.set_yticks([])
-            panel.set_title(f"{dataset}, {name}" if name == PANELS[0] else name, fontsize=8)
+            panel.set_title(f"{dataset}{remark}, {name}" if name == PANELS[0] else name, fontsize=8)
             if name in found and found[name][0] is not None:
                 _scatter(panel, *found[name])
-        panel.legend(fontsize=5, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
+        panel.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
     figure.suptitle("Held-out cells by t-SNE, coloured by type; the first seed", fontsize=10)
     figure.savefig(path)
 
@@ -97,7 +105,7 @@ def _by_dataset(runs: Sequence[RawRun]) -> dict[str, dict[str, Picture]]:
         softmax, sigmoid = (final.get((dataset, mechanism, seed)) for mechanism in ("softmax", "sigmoid"))
         if dataset not in pictures and softmax is not None and sigmoid is not None:
             pictures[dataset] = {
-                "untrained": (softmax.arrays.get("untrained"), softmax.arrays["labels"]),
+                "softmax untrained": (softmax.arrays.get("untrained"), softmax.arrays["labels"]),
                 "softmax": (softmax.arrays["embeddings"], softmax.arrays["labels"]),
                 "sigmoid": (sigmoid.arrays["embeddings"], sigmoid.arrays["labels"]),
             }

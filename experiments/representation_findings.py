@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.embedding_metrics import METRICS
-from experiments.paired_comparison import Comparison, claim_sentence, compare
+from experiments.paired_comparison import LEVEL, Comparison, claim_sentence, compare
 from experiments.representation_results import ATTENTION, Judged
 from experiments.representation_scope import Scope
 
@@ -23,6 +23,12 @@ PRIMARY = {
     "cohesion": "Within-type cosine similarity",
     "held_out_loss": "Held-out loss",
 }
+
+
+def interval_level(scope: Scope) -> str:
+    """Of the intervals over seeds, in words: those of a family hold together, a control's by itself."""
+    of_family = f"{100 * (1 - LEVEL / len(scope.planned)):.4g} %"
+    return f"{of_family} (a control's at {100 * (1 - LEVEL):g} %)" if scope.controls else of_family
 
 
 def compare_all(judged: Sequence[Judged], scope: Scope) -> dict[str, list[Comparison]]:

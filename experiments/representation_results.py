@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from experiments.embedding_metrics import embedding_metrics
 from experiments.run_records import RecordedRun, read_run, run_files
 
-# Attention statistics of a run are means over so many steps up to the one whose weights were kept.
+# Attention statistics of a run are means over so many steps before the weights that were kept.
 _WINDOW = 100
 ATTENTION = (
     "attention/entropy",
@@ -82,7 +82,8 @@ def read_raw(paths: Sequence[Path]) -> list[RawRun]:
 
     Raises:
         FileNotFoundError: A path is not there, or there is no run in any.
-        ValueError: A file is no run's, two runs of one name differ, or they are of several presets.
+        ValueError: A file is no run's, two runs of one name differ, or they are of several presets, or final
+            runs of several budgets.
     """
     runs: dict[str, RawRun] = {}
     for path in paths:
@@ -106,6 +107,9 @@ def read_raw(paths: Sequence[Path]) -> list[RawRun]:
         )
     if len({str(run.config["model"]) for run in runs.values() if "model" in run.config}) > 1:
         raise ValueError("Expected runs of one preset; these are of several. Report each on its own.")
+    finals = [run.config for run in runs.values() if run.config["purpose"] == "final"]
+    if len({config.get("steps") for config in finals}) > 1:  # the pilot's were cut short
+        raise ValueError("Expected final runs of one budget of steps; these have several. Leave others out.")
     return [runs[name] for name in sorted(runs)]
 
 
@@ -117,6 +121,9 @@ def judge(run: RawRun) -> list[Judged]:
 
     Returns:
         One entry per set of embeddings.
+
+    Raises:
+        ValueError: Embeddings that cannot be judged, with the run's name.
     """
     if "embeddings" not in run.arrays:
         return []
@@ -141,11 +148,11 @@ def attention_statistics(run: RawRun) -> dict[str, float]:
     Returns:
         Quantity → mean; quantities that the mechanism does not have are left out.
     """
-    last = max(run.facts["best_step"], 1)
+    best = max(run.facts["best_step"], 1)  # so many steps led to the weights; the first is step 0
     found = {}
     for quantity in ATTENTION:
         values = [
-            values[(steps <= last) & (steps > last - _WINDOW)]
+            values[(steps < best) & (steps >= best - _WINDOW)]
             for series, (steps, values) in run.records.series.items()
             if series.quantity == quantity and series.head is None
         ]
@@ -163,4 +170,7 @@ def _read(file: IO[bytes]) -> RawRun:
 
 
 def _metrics(run: RawRun, name: str) -> dict[str, float]:
-    return embedding_metrics(run.arrays[name], run.arrays["labels"], run.arrays[f"{name}_centre"])
+    try:
+        return embedding_metrics(run.arrays[name], run.arrays["labels"], run.arrays[f"{name}_centre"])
+    except ValueError as error:
+        raise ValueError(f"{run.config['name']}, {name}: {error}") from error

@@ -14,6 +14,7 @@ from experiments.representation_findings import (
     LOSSES,
     PRIMARY,
     attention_relations,
+    interval_level,
     verdicts,
 )
 from experiments.representation_results import Judged, RawRun
@@ -54,10 +55,14 @@ def markdown(
         "# Representations of cells: softmax and sigmoid attention",
         "",
         "Computed from the runs alone. Seeds replicate training only: split, held-out cells and chosen rate",
-        f"are fixed. Tests and intervals over seeds are corrected for a family of {len(scope.planned)}.",
+        f"are fixed. Tests and intervals over seeds are corrected for a family of {len(scope.planned)}, the",
+        f"intervals are at {interval_level(scope)}. Primary metrics:",
         "",
     ]
-    parts += [f"* {sentence}" for sentence in verdicts(comparisons, scope).values()]
+    sentences = verdicts(comparisons, scope)
+    parts += [f"* {sentences[metric]}" for metric in PRIMARY]
+    parts += ["", "Other definitions, and the loss of the validation cells. They decide nothing:", ""]
+    parts += [f"* {sentence}" for metric, sentence in sentences.items() if metric not in PRIMARY]
     for metric, title in PRIMARY.items():
         parts += ["", f"## {title}", "", f"That is, {(METRICS | LOSSES)[metric]}.", ""]
         parts += _table(
@@ -125,7 +130,7 @@ def markdown(
 
 def _interval(comparison: Comparison) -> str:
     if np.isnan(comparison.low):
-        return "– (one seed)"
+        return "– (one seed)" if comparison.pairs < 2 else "– (no finite number)"
     return f"{comparison.low:+.4f} to {comparison.high:+.4f}"
 
 

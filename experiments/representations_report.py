@@ -21,6 +21,7 @@ from experiments.paired_comparison import overall
 from experiments.representation_bootstrap import cell_intervals
 from experiments.representation_figures import draw_differences, draw_embeddings
 from experiments.representation_findings import (
+    LOSSES,
     PRIMARY,
     attention_relations,
     compare_all,
@@ -76,7 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "runs": [{key: value for key, value in run.facts.items() if key != "versions"} for run in runs],
         },
     )
-    draw_differences(options.out / "differences.png", {PRIMARY[m]: comparisons[m] for m in PRIMARY}, scope)
+    panels = {
+        title + ", nats: lower is better" * (metric in LOSSES): comparisons[metric]
+        for metric, title in PRIMARY.items()
+    }
+    draw_differences(options.out / "differences.png", panels, scope)
     draw_embeddings(options.out / "embeddings.png", runs)
     print(page)
     print(f"{len(runs)} runs. Written: {options.out}")

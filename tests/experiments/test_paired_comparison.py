@@ -111,3 +111,29 @@ def test_near_zero_only_the_difference_is_judged(differences, answer):
     sentence = claim_sentence("Metric", comparisons, direction="higher", size=0.25)
     assert "of which no share is taken, that mean being below 0.05" in sentence
     assert f"so that the claim of higher is {answer}" in sentence
+
+
+def test_what_is_not_judged_near_zero_is_told():
+    comparisons = [comparison(name, 0.01, 0.01) for name in "abc"]
+    sentence = claim_sentence("Metric", comparisons, direction="higher", size=0.25)
+    assert "below 0.05 (25% higher is not judged then), so that the claim of higher" in sentence
+    assert "not judged" not in claim_sentence("Metric", comparisons, direction="higher")
+
+
+@pytest.mark.parametrize("direction", ["higher", "lower"])
+def test_no_difference_at_all_is_on_neither_side(direction):
+    """A share of connected cells may be 1 for all."""
+    sentence = claim_sentence("Metric", [comparison(n, 1.0, 0.0) for n in "abc"], direction=direction)
+    assert f"the claim of {direction} is neither reached nor excluded" in sentence
+
+
+@pytest.mark.parametrize(("size", "claim"), [(0.0, "higher"), (0.25, "25% higher")])
+def test_a_value_that_is_no_number_is_named_and_decides_nothing(size, claim):
+    comparisons = [
+        comparison(name, 1.0, value) for name, value in zip("abc", (0.3, np.nan, 0.3), strict=True)
+    ]
+    sentence = claim_sentence("Metric", comparisons, direction="higher", size=size)
+    assert sentence.startswith("Metric: no mean is told, as a value of b is no finite number, so that")
+    assert f"the claim of {claim} is neither reached nor excluded" in sentence
+    assert "nan" not in sentence
+    assert "below" not in sentence

@@ -5,11 +5,12 @@ import pytest
 
 from experiments.embedding_metrics import METRICS
 from experiments.paired_comparison import compare
-from experiments.representation_figures import draw_differences, type_colours
+from experiments.representation_figures import draw_differences, draw_embeddings, type_colours
 from experiments.representation_findings import LOSSES, PRIMARY, compare_all
-from experiments.representation_results import Judged
+from experiments.representation_results import Judged, RawRun
 from experiments.representation_scope import Scope
 from experiments.representation_tables import markdown
+from experiments.run_records import RecordedRun
 
 
 def judged(method: str, seed: int | None, silhouette: float, dataset: str = "gut") -> Judged:
@@ -70,3 +71,44 @@ def test_the_figure_tells_controls_and_what_does_not_count(tmp_path):
     drawn = (tmp_path / "differences.svg").read_text()  # each text is a comment there
     assert "lines (control)" in drawn
     assert "blood (attention learned nothing here)" in drawn
+
+
+def test_what_decides_is_told_apart_from_what_does_not():
+    found = [judged(method, seed, 0.2) for method in ("softmax", "sigmoid") for seed in (1, 2)]
+    scope = Scope(frozenset({"lines"}), ("gut", *"abcde"))
+    page = markdown(found, [], compare_all(found, scope), Everywhere(), scope)
+    primary, others = page.split("## ")[0].split("They decide nothing:")
+    assert [line.split(":")[0] for line in primary.splitlines() if line.startswith("* ")] == [
+        "* Separation (silhouette)",
+        "* Cohesion (within-type cosine similarity)",
+        "* Loss on held-out cells",
+    ]
+    assert others.count("\n* ") == 4
+    assert "intervals are at 99.17 % (a control's at 95 %)" in primary
+
+
+def test_an_interval_without_numbers_says_why():
+    found = [judged("softmax", 1, 0.2), judged("softmax", 2, float("nan"))]
+    found += [judged("sigmoid", seed, 0.2) for seed in (1, 2)]
+    scope = Scope(frozenset(), ("gut",))
+    page = markdown(found, [], compare_all(found, scope), Everywhere(), scope)
+    assert "– (no finite number)" in page
+    assert "one seed" not in page
+
+
+def test_the_figures_tell_levels_and_controls(tmp_path):
+    comparisons = compare({"gut": (np.array([0.0, 1.0, 2.0]), np.array([0.1, 1.2, 2.3]))})
+    scope = Scope(frozenset({"lines"}), ("gut", *"abcde"))
+    draw_differences(tmp_path / "differences.svg", dict.fromkeys(PRIMARY.values(), comparisons), scope)
+    assert "at 99.17 % (a control's at 95 %)" in (tmp_path / "differences.svg").read_text()
+    points = np.random.default_rng(0).normal(size=(12, 3))
+    runs = []
+    for mechanism in ("softmax", "sigmoid"):
+        config = {"dataset": "lines", "mechanism": mechanism, "purpose": "final", "seed": 10}
+        facts = {"config": config, "is_control": True}
+        arrays = {"embeddings": points, "labels": np.repeat(["a", "b"], 6)}
+        runs.append(RawRun(facts, RecordedRun(facts, [], {}), arrays))
+    draw_embeddings(tmp_path / "embeddings.svg", runs)
+    drawn = (tmp_path / "embeddings.svg").read_text()
+    assert "lines (control), PCA" in drawn
+    assert "softmax untrained" in drawn

@@ -258,6 +258,13 @@ def test_final_runs_at_another_rate_are_not_mixed(work, tmp_path, capsys):
     assert "Expected 2 at the learning rate that was chosen, 0.01; got 0.001" in capsys.readouterr().err
 
 
+def test_final_runs_of_another_budget_are_not_mixed(work, tmp_path, capsys):
+    """The pilot's were cut at 1,500 steps, and are used for nothing."""
+    changed(work / f"tiny-{NAME}-softmax-seed1.npz", tmp_path / "2.npz", name="2", seed=2, steps=5)
+    assert report([str(work), str(tmp_path), "--out", str(tmp_path / "report")]) == 2
+    assert "Expected final runs of one budget of steps" in capsys.readouterr().err
+
+
 def test_runs_that_cannot_be_used_stop_no_other(prepared, work, tmp_path, monkeypatch, capsys):
     name = f"tiny-{NAME}-softmax-rate0.01-seed1000.npz"
     changed(work / name, tmp_path / name, steps=7)
