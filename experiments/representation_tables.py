@@ -25,6 +25,7 @@ _MEDIANS = (
     "steps",
     "best_step",
     "padding",
+    "tokens_per_second",
     "reference",
     "without_attention",
     "validation_loss",
@@ -102,12 +103,14 @@ def markdown(
     parts += ["", "## Training", "", "Medians of the final runs.", ""]
     parts += [
         "Losses in nats, on validation cells: by how common genes are, by that at each rank (all that is",
-        "known without attention), and the model's.",
+        "known without attention), and the model's. Valid tokens a second are without padding; probes, looks",
+        "at the validation cells and whatever else ran on the machine are in their time.",
         "",
     ]
     parts += _table(
         ["data set", "mechanism", "runs", "median steps", "kept step", "ended by patience",
-         "by steps", "diverged", "padding", "common genes", "without attention", "model"],
+         "by steps", "diverged", "padding", "valid tokens a second", "common genes", "without attention",
+         "model"],
         _training_rows(runs, scope),
     )  # fmt: skip
     parts += ["", "## Attention and outcome", ""]
@@ -179,6 +182,7 @@ def _training_rows(runs: Sequence[RawRun], scope: Scope) -> Iterable[list[str]]:
             dataset + scope.remark(dataset), mechanism, str(len(facts)),
             f"{medians['steps']:g}", f"{medians['best_step']:g}",
             str(patient), str(len(facts) - patient - diverged), str(diverged), f"{medians['padding']:.0%}",
+            f"{medians['tokens_per_second']:,.0f}",
             *(f"{medians[name]:.3f}" for name in ("reference", "without_attention", "validation_loss")),
         ]  # fmt: skip
 

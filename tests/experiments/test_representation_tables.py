@@ -112,3 +112,21 @@ def test_the_figures_tell_levels_and_controls(tmp_path):
     drawn = (tmp_path / "embeddings.svg").read_text()
     assert "lines (control), PCA" in drawn
     assert "softmax untrained" in drawn
+
+
+def test_the_training_table_tells_valid_tokens_a_second():
+    facts = {
+        "config": {"purpose": "final", "dataset": "gut", "mechanism": "softmax"},
+        "is_stopped_by_patience": True,
+        "is_diverged": False,
+        **dict.fromkeys(
+            ("steps", "best_step", "padding", "reference", "without_attention", "validation_loss"), 0.5
+        ),
+    }
+    records = RecordedRun(facts, [], {})
+    runs = [RawRun(facts | {"tokens_per_second": each}, records, {}) for each in (1e4, 3e4, 9e4)]
+    comparisons = {metric: [] for metric in (*METRICS, *LOSSES)}
+    page = markdown([], runs, comparisons, Everywhere(), Scope(frozenset(), ("gut",)))
+    table = page.split("## Training")[1].split("##")[0]
+    header, _, row = (line.split(" | ") for line in table.splitlines() if line.startswith("|"))
+    assert dict(zip(header, row, strict=True))["valid tokens a second"] == "30,000"
