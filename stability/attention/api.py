@@ -155,8 +155,9 @@ def sigmoid_attention(
         implementation: "auto", the fastest that can compute the call, or one by name: "hopper", "triton",
             "reference".
         precision: "accurate": relative error of σ at most 2.5e-4 in half precision and 2e-6 in float32, for
-            every logit down to −20. "fast": σ(x) = ½ + ½ tanh.approx(x/2), whose error of about 2e-6 does not
-            shrink with σ: 1e-2 of a weight at the default bias of long sequences. Half precision only.
+            every logit down to −20. "fast": σ(x) = ½ + ½ tanh.approx(x/2), at most 1e-4 down to −6; below,
+            its error does not shrink with σ: 1e-2 of a weight at the default bias of long sequences. Half
+            precision only.
 
     Returns:
         [batch, heads, tokens_q, value_dim].
