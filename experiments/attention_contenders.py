@@ -37,6 +37,7 @@ class Case:
         bias: "-ln n" or "0".
         padding: Share of the tokens that are padding, on average over the sequences.
         is_causal: Whether query i sees the keys j ≤ i only.
+        is_packed: Whether no padding is stored, and the valid tokens lie one behind the other.
     """
 
     batch: int
@@ -46,6 +47,12 @@ class Case:
     bias: Literal["-ln n", "0"] = "-ln n"
     padding: float = 0.0
     is_causal: bool = False
+    is_packed: bool = False
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Rows and tokens of each as they lie in memory; packed sequences are one row."""
+        return (1, sum(self.valid_lengths)) if self.is_packed else (self.batch, self.tokens)
 
     @property
     def lengths(self) -> list[int] | None:
@@ -55,14 +62,20 @@ class Case:
         places = ((i + 0.5) / self.batch for i in range(self.batch))
         return [max(1, round(self.tokens * (1 - 2 * self.padding * place))) for place in places]
 
+    @property
+    def valid_lengths(self) -> list[int]:
+        """Valid tokens per sequence, also where these are all."""
+        return self.lengths or [self.tokens] * self.batch
+
     def flop(self, which: str) -> float:
         """Floating-point operations of a pass that touch valid tokens."""
-        pairs = sum(length**2 for length in self.lengths or [self.tokens] * self.batch)
+        pairs = sum(length**2 for length in self.valid_lengths)
         return FLOP_FACTORS[which] * 4 * self.heads * pairs * self.head_dim * (0.5 if self.is_causal else 1.0)
 
     def __str__(self) -> str:
         parts = [f"n {self.tokens}", f"head dim {self.head_dim}", f"bias {self.bias}"]
-        parts += [f"{self.padding:.0%} padding"] * bool(self.padding) + ["causal"] * self.is_causal
+        parts += [f"{self.padding:.0%} padding"] * bool(self.padding)
+        parts += ["packed"] * self.is_packed + ["causal"] * self.is_causal
         return ", ".join(parts)
 
 
@@ -198,7 +211,7 @@ class Inputs:
     def random(cls, case: Case, device: str, dtype: torch.dtype, seed: int = 0) -> Inputs:
         """Standard normal tensors of a case."""
         generator = torch.Generator(device).manual_seed(seed)
-        shape = (case.batch, case.tokens, case.heads, case.head_dim)
+        shape = (*case.stored, case.heads, case.head_dim)
         tensors = (torch.randn(shape, device=device, generator=generator) for _ in range(4))
         return cls(*(tensor.to(dtype).transpose(1, 2) for tensor in tensors))
 

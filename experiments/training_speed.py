@@ -5,7 +5,7 @@ the turn. All share weights and optimizer, in one process. Told are median times
 contender round by round with a 95 % bootstrap interval, the ratio of what the GPU computes, which is what a
 host that keeps up would give, and what Amdahl's law predicts of it from attention alone.
 
-    PYTHONPATH=. python -m experiments.training_speed --device cuda --out results    # one H200, four minutes
+    PYTHONPATH=. python -m experiments.training_speed --device cuda --out results    # one H200, five minutes
     PYTHONPATH=. python -m experiments.training_speed --device cuda --cases "eager*8192*" --rounds 15
     python -m experiments.training_speed --preset tiny --out runs/speed               # that it runs
 
@@ -18,7 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -65,17 +65,25 @@ class Preset:
 
 
 _LONG, _SHORT = Case(2, 16, 8192, 64), Case(8, 16, 2048, 64)
-_LONG_PADDED, _SHORT_PADDED = Case(2, 16, 8192, 64, padding=0.5), Case(8, 16, 2048, 64, padding=0.5)
+_LONG_PADDED, _SHORT_PADDED = replace(_LONG, padding=0.5), replace(_SHORT, padding=0.5)
+_LONG_PACKED, _SHORT_PACKED = (replace(case, is_packed=True) for case in (_LONG_PADDED, _SHORT_PADDED))
 PRESETS = {
     "160m": Preset(
         12,
         tuple(
             (mode, case)
             for mode in ("eager", "compiled")
-            for case in (_LONG, _LONG_PADDED, _SHORT, _SHORT_PADDED)
+            for case in (_LONG, _LONG_PADDED, _LONG_PACKED, _SHORT, _SHORT_PADDED, _SHORT_PACKED)
         ),
     ),
-    "tiny": Preset(2, (("eager", Case(2, 2, 32, 8)), ("eager", Case(2, 2, 32, 8, padding=0.5)))),
+    "tiny": Preset(
+        2,
+        (
+            ("eager", Case(2, 2, 32, 8)),
+            ("eager", Case(2, 2, 32, 8, padding=0.5)),
+            ("eager", Case(2, 2, 32, 8, padding=0.5, is_packed=True)),
+        ),
+    ),
 }
 
 
@@ -86,7 +94,8 @@ def case_name(mode: Mode, case: Case) -> str:
         >>> case_name("eager", Case(2, 16, 8192, 64, padding=0.5))
         'eager, n 8192, 50% padding'
     """
-    return f"{mode}, n {case.tokens}" + (f", {case.padding:.0%} padding" if case.padding else "")
+    padding = f", {case.padding:.0%} padding" * bool(case.padding) + ", packed" * case.is_packed
+    return f"{mode}, n {case.tokens}{padding}"
 
 
 def measure_case(
@@ -129,7 +138,7 @@ def measure_case(
     else:
         both_passes = measure(attention, rounds=3, turn_ms=20.0, device=device)
         times = {name: AttentionTimes(num_layers * each) for name, each in both_passes.items()}
-    tokens = sum(case.lengths or [case.tokens] * case.batch)
+    tokens = sum(case.valid_lengths)
     speeds = []
     for contender in found:
         median = float(np.median(turns[contender.name]))
@@ -220,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.append(
                 {
                     "case": case_name(mode, case),
-                    "lengths": case.lengths or [case.tokens] * case.batch,
+                    "lengths": case.valid_lengths,
                     "speeds": [asdict(speed) for speed in speeds],
                     "ratios": [asdict(ratio) for ratio in ratios(speeds)],
                     "failed": failed,

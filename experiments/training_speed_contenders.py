@@ -37,6 +37,9 @@ def speed_contenders(case: Case, device: str) -> list[Contender]:
     FlashAttention-2 over lengths is there twice: by `stability.softmax_attention`, and by `varlen_attn` where
     torch has it, with nothing of ours but the copies between padded and packed tokens.
 
+    A packed case has none of them: who trains it computes no padding in any layer. Its sequences go to a
+    kernel for packed ones or, one by one, to the kernels of the other cases.
+
     Args:
         case: What is computed.
         device: "cpu" or "cuda".
@@ -46,6 +49,8 @@ def speed_contenders(case: Case, device: str) -> list[Contender]:
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    if case.is_packed:
+        return _packed_contenders(case.valid_lengths, device)
     lengths, mask = None, None
     if case.lengths is not None:
         lengths = torch.tensor(case.lengths, device=device)
@@ -70,14 +75,30 @@ def speed_contenders(case: Case, device: str) -> list[Contender]:
         found.append(Contender("softmax, flash", "softmax", sdpa, backend(SDPBackend.FLASH_ATTENTION)))
     else:
         found.append(Contender("softmax, flash over lengths", "softmax", softmax))
-        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-            packed = PackedAttention(case.lengths, case.tokens, device)
-            found.append(Contender("softmax, flash varlen", "softmax", packed))
+        if _has_varlen():
+            packing = PackingAttention(case.lengths, case.tokens, device)
+            found.append(Contender("softmax, flash varlen", "softmax", packing))
     return [
         *found,
         Contender("softmax, cuDNN", "softmax", sdpa, backend(SDPBackend.CUDNN_ATTENTION)),
         Contender("softmax, memory-efficient", "softmax", sdpa, backend(SDPBackend.EFFICIENT_ATTENTION)),
     ]
+
+
+def _packed_contenders(lengths: Sequence[int], device: str) -> list[Contender]:
+    packed = PackedSequences(lengths, device)
+    found = [
+        Contender("sigmoid, varlen", "ours", packed.sigmoid),
+        Contender("sigmoid, one by one", "ours", partial(packed.one_by_one, stability.sigmoid_attention)),
+        Contender("softmax, one by one", "softmax", partial(packed.one_by_one, scaled_dot_product_attention)),
+    ]
+    if device == "cuda" and _has_varlen():
+        found.append(Contender("softmax, flash varlen", "softmax", packed.flash))
+    return found
+
+
+def _has_varlen() -> bool:
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 @contextmanager
@@ -94,7 +115,47 @@ def contenders_compile() -> Iterator[None]:
         yield
 
 
-class PackedAttention:
+class PackedSequences:
+    """Attention within each of several sequences that lie one behind the other.
+
+    Query, key, value and output of its methods are [1, heads, tokens of all sequences, head_dim].
+
+    Args:
+        lengths: Of the sequences.
+        device: Of the tensors.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: str) -> None:
+        self.lengths = list(lengths)
+        self.starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        self.longest = max(lengths)
+
+    def sigmoid(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """By this project's kernel for packed sequences."""
+        tensors = (each.squeeze(0).transpose(0, 1) for each in (query, key, value))
+        output = stability.sigmoid_attention_varlen(
+            *tensors,
+            cu_seqlens_q=self.starts, cu_seqlens_k=self.starts,
+            max_seqlen_q=self.longest, max_seqlen_k=self.longest,
+        )  # fmt: skip
+        return output.transpose(0, 1).unsqueeze(0)
+
+    def flash(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Softmax by torch's kernel for packed sequences, FlashAttention-2."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        query, key, value = (each.squeeze(0).transpose(0, 1) for each in (query, key, value))
+        output: Any = varlen_attn(query, key, value, self.starts, self.starts, self.longest, self.longest)
+        packed: Tensor = output.transpose(0, 1).unsqueeze(0)
+        return packed
+
+    def one_by_one(self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Each sequence by a call of its own: `attend` takes and gives [1, heads, its tokens, head_dim]."""
+        pieces = zip(*(each.split(self.lengths, dim=2) for each in (query, key, value)), strict=True)
+        return torch.cat([attend(*piece) for piece in pieces], dim=2)
+
+
+class PackingAttention:
     """Softmax attention over padded sequences by torch's kernel for packed ones.
 
     Where each valid token is, and where each sequence begins, is computed once and not in the step.
@@ -108,18 +169,16 @@ class PackedAttention:
     def __init__(self, lengths: Sequence[int], tokens: int, device: str) -> None:
         is_token = torch.arange(tokens) < torch.tensor(lengths)[:, None]
         self.places = is_token.flatten().nonzero().squeeze(1).to(device)
-        self.starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-        self.longest = max(lengths)
+        self.packed = PackedSequences(lengths, device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[batch, heads, tokens, head_dim] each; padding rows of the output are zeros."""
-        from torch.nn.attention.varlen import varlen_attn
-
         batch, heads, tokens, head_dim = query.shape
         query, key, value = (
-            each.transpose(1, 2).flatten(0, 1).index_select(0, self.places) for each in (query, key, value)
+            each.transpose(1, 2).flatten(0, 1).index_select(0, self.places).transpose(0, 1).unsqueeze(0)
+            for each in (query, key, value)
         )
-        output: Any = varlen_attn(query, key, value, self.starts, self.starts, self.longest, self.longest)
+        output = self.packed.flash(query, key, value).squeeze(0).transpose(0, 1)
         padded = output.new_zeros(batch * tokens, heads, head_dim).index_copy(0, self.places, output)
         return padded.view(batch, tokens, heads, head_dim).transpose(1, 2)
 
@@ -198,12 +257,12 @@ class SharedTraining:
 def _random_batch(case: Case, device: str) -> MaskedBatch:
     """Time does not depend on what is in the cells."""
     generator = torch.Generator(device).manual_seed(0)
-    shape = (case.batch, case.tokens)
+    shape = case.stored
     genes = torch.randint(NUM_GENES, shape, generator=generator, device=device)
     targets = torch.rand(shape, generator=generator, device=device)
     mask = torch.rand(shape, generator=generator, device=device) < _MASK_SHARE
     lengths = None
-    if case.lengths is not None:
+    if case.lengths is not None and not case.is_packed:
         lengths = torch.tensor(case.lengths, device=device)
         mask &= torch.arange(case.tokens, device=device) < lengths[:, None]
     return MaskedBatch(genes, targets.masked_fill(mask, 0.0), mask, lengths, targets)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 
 from experiments import training_speed
 from experiments.attention_contenders import Case, Contender
+from experiments.cell_batches import MaskedBatch
 from experiments.training_speed import PRESETS, case_name, main, measure_case, times_on_gpu
 from experiments.training_speed_contenders import (
-    PackedAttention,
+    PackedSequences,
+    PackingAttention,
     SharedTraining,
     contenders_compile,
     speed_contenders,
@@ -21,6 +24,7 @@ from experiments.training_speed_report import main as report
 
 TINY = ["--preset", "tiny", "--rounds", "3"]
 CASE, PADDED = Case(2, 2, 32, 8), Case(2, 2, 32, 8, padding=0.5)
+PACKED = replace(PADDED, is_packed=True)
 
 
 def speed(name: str, kind: str, turns: list[float], attention: float, on_gpu: float | None = None) -> Speed:
@@ -37,19 +41,19 @@ def summary(tmp_path_factory):
 
 
 def test_every_case_is_measured(summary):
-    assert [result["case"] for result in summary["results"]] == ["eager, n 32", "eager, n 32, 50% padding"]
+    cases = [result["case"] for result in summary["results"]]
+    assert cases == ["eager, n 32", "eager, n 32, 50% padding", "eager, n 32, 50% padding, packed"]
     for result in summary["results"]:
         assert result["failed"] == {}
         assert all(len(each["turns"]) == 3 for each in result["speeds"])
-        (ratio,) = result["ratios"]
-        assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
-        assert ratio["is_best"]
+        for ratio in result["ratios"]:
+            assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
+            assert ratio["is_best"]
 
 
 def test_only_valid_tokens_count(summary):
-    dense, padded = summary["results"]
-    assert (sum(dense["lengths"]), sum(padded["lengths"])) == (64, 32)
-    for result in (dense, padded):
+    assert [sum(result["lengths"]) for result in summary["results"]] == [64, 32, 32]
+    for result in summary["results"]:
         for each in result["speeds"]:
             expected = 1e3 * sum(result["lengths"]) / each["milliseconds"]
             assert each["tokens_per_second"] == pytest.approx(expected)
@@ -91,8 +95,8 @@ def test_the_range_over_processes(summary, tmp_path, capsys):
         results = json.loads(json.dumps(summary["results"]))
         results[0]["ratios"][0] |= {"ratio": ratio, "is_best": ratio > 1}
         files.append(tmp_path / f"{i}.json")
-        # The second case was not reached by the last process.
-        files[-1].write_text(json.dumps({"results": results[: 2 if i < 2 else 1]}))
+        # The other cases were not reached by the last process.
+        files[-1].write_text(json.dumps({"results": results[: 3 if i < 2 else 1]}))
     assert report([str(file) for file in files]) == 0
     *_, row = capsys.readouterr().out.strip().split("\n")
     assert row == "| eager, n 32 | sigmoid, accurate | softmax, torch's choice | 2 of 3 | 0.900 | 1.100 |"
@@ -130,21 +134,22 @@ def test_contenders_share_weights_and_agree_where_they_compute_the_same():
     assert torch.allclose(*results, atol=1e-6)
 
 
+def attend_one_by_one(query, key, value, starts, key_starts, longest, longest_key):
+    assert starts.tolist() == key_starts.tolist() == [0, 3, 8]
+    assert longest == longest_key == 5
+    pieces = [each.tensor_split(starts[1:-1].tolist()) for each in (query, key, value)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    heads_first = [[each.transpose(0, 1) for each in piece] for piece in zip(*pieces, strict=True)]
+    return torch.cat([attend(*piece).transpose(0, 1) for piece in heads_first])
+
+
 def test_packed_attention_sees_the_tokens_of_each_sequence_alone(monkeypatch):
     varlen = pytest.importorskip("torch.nn.attention.varlen")
 
-    def one_by_one(query, key, value, starts, key_starts, longest, longest_key):
-        assert starts.tolist() == key_starts.tolist() == [0, 3, 8]
-        assert longest == longest_key == 5
-        pieces = [each.tensor_split(starts[1:-1].tolist()) for each in (query, key, value)]
-        attend = torch.nn.functional.scaled_dot_product_attention
-        heads_first = [[each.transpose(0, 1) for each in piece] for piece in zip(*pieces, strict=True)]
-        return torch.cat([attend(*piece).transpose(0, 1) for piece in heads_first])
-
-    monkeypatch.setattr(varlen, "varlen_attn", one_by_one)
+    monkeypatch.setattr(varlen, "varlen_attn", attend_one_by_one)
     query, key, value = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
     query.requires_grad_()
-    found = PackedAttention([3, 5], 5, "cpu")(query, key, value)
+    found = PackingAttention([3, 5], 5, "cpu")(query, key, value)
     from stability import softmax_attention
 
     expected = softmax_attention(query, key, value, key_lengths=[3, 5], query_lengths=[3, 5])
@@ -152,6 +157,44 @@ def test_packed_attention_sees_the_tokens_of_each_sequence_alone(monkeypatch):
     (gradient,) = torch.autograd.grad(found.square().sum(), query)
     (right,) = torch.autograd.grad(expected.square().sum(), query)
     assert torch.allclose(gradient, right, atol=1e-5)
+
+
+def test_a_packed_training_is_the_padded_one_without_the_padding():
+    """The same weights after a step, whoever computes attention."""
+    theirs = {each.kind: each for each in speed_contenders(PADDED, "cpu")}
+    for contender in speed_contenders(PACKED, "cpu"):
+        padded, packed = (SharedTraining(case, 2, "cpu") for case in (PADDED, PACKED))
+        cells = padded.batch
+        is_token = torch.arange(PADDED.tokens) < cells.lengths[:, None]
+        genes, values, mask, targets = (
+            each[is_token][None] for each in (cells.genes, cells.values, cells.mask, cells.targets)
+        )
+        packed.batch = MaskedBatch(genes, values, mask, None, targets)
+        padded.step_of(theirs[contender.kind], "eager", "eager")()
+        packed.step_of(contender, "eager", "eager")()
+        for ours, other in zip(packed.model.parameters(), padded.model.parameters(), strict=True):
+            assert torch.allclose(ours, other, atol=1e-6), contender.name
+
+
+def test_packed_sequences_of_torchs_kernel(monkeypatch):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", attend_one_by_one)
+    packed = PackedSequences([3, 5], "cpu")
+    tensors = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = packed.one_by_one(torch.nn.functional.scaled_dot_product_attention, *tensors)
+    assert torch.allclose(packed.flash(*tensors), expected, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_packed_contenders_agree_on_a_gpu():
+    case = Case(2, 2, 256, 64, padding=0.5, is_packed=True)
+    contenders = {each.name: each for each in speed_contenders(case, "cuda")}
+    tensors = torch.randn(3, *case.stored, 2, 64, device="cuda", dtype=torch.bfloat16).transpose(2, 3)
+    for mechanism, name in (("sigmoid", "varlen"), ("softmax", "flash varlen")):
+        together, apart = (
+            contenders[f"{mechanism}, {each}"].attend(*tensors) for each in (name, "one by one")
+        )
+        torch.testing.assert_close(together, apart)
 
 
 @pytest.mark.gpu
@@ -189,10 +232,10 @@ def test_the_exit_status_tells_that_ours_failed(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [CASE, PADDED])
+@pytest.mark.parametrize("case", [CASE, PADDED, PACKED])
 def test_compiled_contenders_of_one_function_keep_their_own_code(case, monkeypatch):
     """Alike for dynamo's guards but for the compiler: each is compiled once, and for all blocks."""
-    ours, softmax = speed_contenders(case, "cpu")
+    *_, ours, softmax = speed_contenders(case, "cpu")
     twin = Contender("twin", "softmax", softmax.attend)
     compiled = []
 
@@ -246,21 +289,23 @@ def test_attention_in_a_step_is_its_own_kernels(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
-@pytest.mark.parametrize("padding", [0.0, 0.5])
-def test_every_contender_trains_on_a_gpu(mode, padding):
-    case = Case(2, 2, 256, 64, padding=padding)
+@pytest.mark.parametrize(
+    ("padding", "is_packed", "count"), [(0.0, False, 6), (0.5, False, 7), (0.5, True, 4)]
+)
+def test_every_contender_trains_on_a_gpu(mode, padding, is_packed, count):
+    case = Case(2, 2, 256, 64, padding=padding, is_packed=is_packed)
     torch._dynamo.reset()
     speeds, failed = measure_case(mode, case, 1, "cuda", rounds=1, steps=1)
     assert not failed
     assert all(0 < each.attention_in_step < each.gpu_milliseconds for each in speeds)
-    assert len(speeds) == len(speed_contenders(case, "cuda")) == (7 if padding else 6)
+    assert len(speeds) == len(speed_contenders(case, "cuda")) == count
 
 
 def test_the_plan_has_every_case():
     names = [case_name(mode, case) for mode, case in PRESETS["160m"].cases]
-    assert len(set(names)) == 8
+    assert len(set(names)) == 12
     for mode, case in PRESETS["160m"].cases:
-        assert sum(case.lengths or [case.tokens] * case.batch) == (8192 if case.padding else 16384), mode
+        assert sum(case.valid_lengths) == (8192 if case.padding else 16384), mode
 
 
 def test_bad_flags(capsys):
