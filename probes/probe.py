@@ -299,6 +299,9 @@ class Probe:
         finally:
             self._delivery.close(silently=silently, step=self._watch.step, error=error)
 
+    def _keep_in_memory(self) -> None:
+        self._delivery.keep_in_memory()
+
     def _check_open(self, method: str) -> None:
         if self._is_closed:
             raise RuntimeError(f"probe.{method}() after close(); attach a new probe to go on recording.")
