@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -108,6 +109,7 @@ class OptimizerWatch:
         self._pending.add_number(SKIPPED_STEP, 1.0)
         self._finish(optimizer)
 
+    @torch._disable_dynamo  # of an optimizer whose step is compiled: all the rest of a step would be traced
     def _before_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if optimizer in self._begun:
             return  # a subclass whose step calls super().step(), both with hooks; or one that failed half-way
@@ -135,6 +137,7 @@ class OptimizerWatch:
         if self._is_detailed:
             self._guard(UPDATES, self._optimizer_state.before, watched)
 
+    @torch._disable_dynamo
     def _after_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if optimizer not in self._begun:
             return

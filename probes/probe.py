@@ -285,7 +285,14 @@ class Probe:
         if self._is_closed:
             return
         self._is_closed = True
-        self._handles.close()
+        try:
+            self._handles.close()
+        except Exception as failure:  # on another thread, say, than the one that attached
+            warnings.warn(
+                f"letting go of the model failed; what was recorded is written all the same: {failure!r}",
+                ProbeWarning,
+                stacklevel=stacklevel_of_script(),
+            )
         if error is None and not self._has_optimizers and not self._has_stepped and self._watch.pending:
             warnings.warn(
                 "probe.step() was never called, so all that was seen counts as one step, and gradients of "

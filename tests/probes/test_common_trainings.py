@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import probes
 from probes.failures import ProbeWarning
+from tests.probes.lifecycle import assert_nothing_is_left
 from tests.probes.recorded import values_of
 
 pytestmark = pytest.mark.filterwarnings("error::probes.ProbeWarning")
@@ -180,6 +186,81 @@ def test_optimizers_that_were_not_given_and_those_beside_are_no_replacement() ->
             train(model, watched)
             train(model, beside)
     assert probe._watch.step == 3
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Leaves nothing compiled or counted behind."""
+    yield
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("same_step", [False, True])
+def test_a_compiled_optimizer_step(tmp_path: Path, same_step: bool) -> None:
+    """What a probe does around it is not traced: a flight recorder cannot be."""
+    recorded: list[set[tuple]] = []
+    weights = []
+    for is_watched, is_compiled in ((False, True), (True, True), (True, False)):
+        torch.manual_seed(0)
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        step = torch.compile(optimizer.step, backend="eager") if is_compiled else optimizer.step
+        with ExitStack() as stack:
+            if is_watched:
+                log_dir = tmp_path / str(is_compiled)
+                probe = probes.attach(model, optimizer, log_dir=log_dir, details_every=1, same_step=same_step)
+                stack.enter_context(probe)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.ones(2, 2)).sum().backward()
+                step()
+        if is_watched:
+            recorded.append({(r.step, r.layer, r.quantity) for r in probe.records})
+        weights.append(model.weight)
+    assert recorded[0] == recorded[1]
+    assert weights[0].equal(weights[1])
+
+
+def test_a_probe_that_is_closed_on_another_thread_and_in_another_task(tmp_path: Path) -> None:
+    """Trainings behind a web page or in a notebook's task; every probe that is closed at exit."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    began: list[probes.Probe] = []
+
+    def begin() -> None:
+        began.append(probes.attach(model, optimizer, log_dir=tmp_path / str(len(began))))
+        model(torch.ones(2, 3, 8)).sum().backward()
+        optimizer.step()
+
+    async def begin_in_a_task() -> None:
+        begin()
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "letting go of the model failed")  # torch 2.13: a config's patch
+        began[0].close()
+        asyncio.run(begin_in_a_task())
+        began[1].close()
+    for index in range(2):
+        assert probes.read(tmp_path / str(index))["grad_norm/(all)"].steps.tolist() == [0]
+    assert_nothing_is_left(model, optimizer)
+
+
+def test_letting_go_of_the_model_fails() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    probe = probes.attach(model, optimizer)
+    probe.on_close([].pop)
+    train(model, optimizer)
+    with pytest.warns(ProbeWarning, match=r"letting go of the model failed.*IndexError") as caught:
+        probe.close()
+    assert caught[0].filename == __file__
+    assert len(values_of(probe, "grad_norm", "(root)")) == 1
+    assert_nothing_is_left(model, optimizer)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
