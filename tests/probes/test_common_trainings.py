@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -240,11 +239,9 @@ def test_a_probe_that_is_closed_on_another_thread_and_in_another_task(tmp_path: 
     thread = threading.Thread(target=begin)
     thread.start()
     thread.join()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "letting go of the model failed")  # torch 2.13: a config's patch
-        began[0].close()
-        asyncio.run(begin_in_a_task())
-        began[1].close()
+    began[0].close()
+    asyncio.run(begin_in_a_task())
+    began[1].close()
     for index in range(2):
         assert probes.read(tmp_path / str(index))["grad_norm/(all)"].steps.tolist() == [0]
     assert_nothing_is_left(model, optimizer)
