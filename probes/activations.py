@@ -54,6 +54,8 @@ class Activations:
         self._leaves: dict[int, _Watched] = {}
         self._has_input: set[str] = set()
         self._leaf_hooks: list[RemovableHandle] = []
+        self._place_of: dict[str, int] = {}
+        self._is_out_of_order = False
 
     def start_forward(self) -> None:
         """A forward pass begins: calls of a layer are counted from 0 again."""
@@ -64,10 +66,25 @@ class Activations:
     def end_step(self) -> None:
         """Lets go of everything the step's forward passes left."""
         self.start_forward()
+        self._place_of.clear()
+        self._is_out_of_order = False
         for handle in self._leaf_hooks:
             handle.remove()
         self._leaf_hooks.clear()
         self._leaves.clear()
+
+    def note_place(self, layer: str) -> None:
+        """Notes that a layer has returned, also where gradients are off.
+
+        Reentrant checkpointing runs the forward pass without gradients, and the layers again, the last ones
+        first, inside the backward pass. Only there are they measured.
+        """
+        self._place_of.setdefault(layer, len(self._place_of))
+
+    def put_in_order(self) -> None:
+        """Puts the outputs of the step into the order of the forward pass, which readers of it go by."""
+        if self._is_out_of_order:
+            self._pending.put_in_order("activation_rms", self._place_of)
 
     def see_input(self, layer: str, inputs: object) -> None:
         """Looks at a layer's first input before the layer runs and may change it in place."""
@@ -87,6 +104,7 @@ class Activations:
             return
         call = self._calls[layer]
         self._calls[layer] += 1
+        self._is_out_of_order |= in_backward()
         self.measure_output(layer, call, tensor.detach())
         if tensor.requires_grad:
             has_input = layer in self._has_input

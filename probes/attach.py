@@ -223,8 +223,15 @@ def attach(
     return probe
 
 
-if hasattr(os, "register_at_fork"):  # a forked process that exits would write what its parent will
-    os.register_at_fork(after_in_child=_open_probes.clear)
+def _leave_files_to_parent() -> None:
+    """In a forked process: what it trains, and its end, would be written among what its parent records."""
+    for probe in _open_probes.values():
+        probe._keep_in_memory()
+    _open_probes.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_files_to_parent)
 
 
 @atexit.register

@@ -26,7 +26,7 @@ from stability.attention.rows import RowSelection
 from stability.attention.seen import SeenAttention, UnseenAttentionError
 from stability.attention.statistics import AttentionStatistics
 from stability.attention.summary import Quantity, summarize_calls
-from stability.module_calls import ROOT_LAYER, ModuleCalls, in_backward
+from stability.module_calls import ROOT_LAYER, ModuleCalls, in_backward, is_mapped
 
 _NO_CALL = "it makes no attention call that is known, and no softmax"
 _NO_COMPILED_CALL = (
@@ -223,12 +223,14 @@ class AttentionCalls:
         layer = self._module_calls.current_layer
         if layer is None or layer not in self._selected or self.is_paused or not torch.is_grad_enabled():
             return
+        if is_mapped():
+            return
         if function == REPORTED:
             self._reported.add(layer)
         self._look(layer, function, read)
 
     def _see_softmax(self, logits: Tensor) -> None:
-        layer = None if self.is_paused else self._layer_of_softmax(logits.dim())
+        layer = None if self.is_paused or is_mapped() else self._layer_of_softmax(logits.dim())
         if layer is not None and layer not in self._reported:
             self._look(layer, SOFTMAX, partial(read_softmax, self._modules[layer], logits))
 

@@ -204,6 +204,11 @@ class Delivery:
         self._judged = None
         self._unjudged = {}
 
+    def keep_in_memory(self) -> None:
+        """Writes nothing from now on: the files are another process's. Touches no tensor, after a fork."""
+        self._others = self._sinks, self.incidents  # not let go of: a file that is freed may be written to
+        self._sinks, self.incidents = [self.memory], None
+
     def _start(self, step: int, pending: Pending, judged: _Judged | None) -> _InFlight | None:
         if self._ranks is not None:  # may fail: without this rank the others would wait for ever
             return _InFlight(self._ranks.start(step, pending, is_rest=judged is not None), judged)

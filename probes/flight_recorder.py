@@ -194,4 +194,4 @@ def _lock(file: BinaryIO, path: Path) -> None:
 
 
 def _taken(path: Path) -> BlockingIOError:
-    return BlockingIOError(f"another probe records to {path}; give each its own log_dir.")
+    return BlockingIOError(f"another probe records to {path}; close it first, or give each its own log_dir.")

@@ -52,8 +52,9 @@ def observe_grad_scaler(
 def _reporting(original: Any) -> Any:
     @functools.wraps(original)
     def step(self: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        factor = self._scale  # what the public get_scale() gives, without waiting for the device
-        if not self.is_enabled() or factor is None:
+        # What the public get_scale() gives, without waiting for the device; a disabled scaler has none.
+        factor = getattr(self, "_scale", None) if self.is_enabled() else None
+        if factor is None:
             return original(self, optimizer, *args, **kwargs)
         for observer in tuple(_observers):
             observer.before_step(optimizer, factor)

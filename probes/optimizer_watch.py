@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -30,6 +31,7 @@ class OptimizerWatch:
         layer_of: Layer of each of the model's parameters.
         selected: Layers that are watched.
         sharding: Which part of the model is here.
+        new_parameters: Gives the parameters that the model has got since the probe was attached.
         before_step_ends: Called before the last optimizer steps; after it, if a closure makes the forward
             pass within the step. May raise.
         end_step: Called when the last optimizer has stepped.
@@ -43,6 +45,7 @@ class OptimizerWatch:
         layer_of: Mapping[Tensor, str],
         selected: set[str],
         sharding: Sharding,
+        new_parameters: Callable[[], Collection[Tensor]],
         before_step_ends: Callable[[], None],
         end_step: Callable[[], None],
     ) -> None:
@@ -55,7 +58,7 @@ class OptimizerWatch:
         self._before_step_ends = before_step_ends
         self._end_step = end_step
         self._optimizer_state = OptimizerState(sharding)
-        self._replaced = ReplacedOptimizer(self._optimizers, guard, self._tell_replaced)
+        self._replaced = ReplacedOptimizer(self._optimizers, guard, new_parameters, self._tell_replaced)
         self._begun: set[Optimizer] = set()
         self._stepped: set[Optimizer] = set()
         self._scaled_optimizer: Optimizer | None = None  # which a GradScaler is about to step, or not
@@ -106,6 +109,7 @@ class OptimizerWatch:
         self._pending.add_number(SKIPPED_STEP, 1.0)
         self._finish(optimizer)
 
+    @torch._disable_dynamo  # of an optimizer whose step is compiled: all the rest of a step would be traced
     def _before_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if optimizer in self._begun:
             return  # a subclass whose step calls super().step(), both with hooks; or one that failed half-way
@@ -133,6 +137,7 @@ class OptimizerWatch:
         if self._is_detailed:
             self._guard(UPDATES, self._optimizer_state.before, watched)
 
+    @torch._disable_dynamo
     def _after_optimizer(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if optimizer not in self._begun:
             return
@@ -163,10 +168,12 @@ class OptimizerWatch:
     def _tell_replaced(self, watched: Optimizer, other: Optimizer) -> None:
         if watched in self._begun:  # it steps by the other's steps
             return
+        is_shared = any(parameter in self._layer_of for parameter in _parameters(other))
+        over = "the same parameters" if is_shared else "parameters that the model has got since"
         self._guard.warn_once(
             "a replaced optimizer",
             f"step {self._guard.step} does not end: the {type(watched).__name__} given to `attach` has not "
-            f"stepped, while another optimizer, {type(other).__name__}, steps over the same parameters. "
+            f"stepped, while another optimizer, {type(other).__name__}, steps over {over}. "
             "Nothing is recorded until it does. If it is in use no more, close the probe and attach with the "
             "new one.",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -71,6 +71,21 @@ class Pending:
     def has(self, quantity: str) -> bool:
         """Whether anything of a quantity has been measured."""
         return any(m.series and m.series[0].quantity == quantity for m in self.measurements)
+
+    def put_in_order(self, quantity: str, place_of: Mapping[str, int]) -> None:
+        """Puts the measurements of a quantity into the order of their calls and layers.
+
+        Args:
+            quantity: Its name.
+            place_of: Places of layers; others come last.
+        """
+        places = [i for i, m in enumerate(self.measurements) if m.series and m.series[0].quantity == quantity]
+        ordered = sorted(
+            (self.measurements[i] for i in places),
+            key=lambda each: (each.series[0].call, place_of.get(each.series[0].layer, len(place_of))),
+        )
+        for place, measurement in zip(places, ordered, strict=True):
+            self.measurements[place] = measurement
 
     def take(self) -> Pending:
         """Hands over what was collected and starts afresh."""

@@ -285,7 +285,14 @@ class Probe:
         if self._is_closed:
             return
         self._is_closed = True
-        self._handles.close()
+        try:
+            self._handles.close()
+        except Exception as failure:  # on another thread, say, than the one that attached
+            warnings.warn(
+                f"letting go of the model failed; what was recorded is written all the same: {failure!r}",
+                ProbeWarning,
+                stacklevel=stacklevel_of_script(),
+            )
         if error is None and not self._has_optimizers and not self._has_stepped and self._watch.pending:
             warnings.warn(
                 "probe.step() was never called, so all that was seen counts as one step, and gradients of "
@@ -298,6 +305,9 @@ class Probe:
                 self._delivery.send(self._watch.step, self._watch.pending.take(), is_whole=False)
         finally:
             self._delivery.close(silently=silently, step=self._watch.step, error=error)
+
+    def _keep_in_memory(self) -> None:
+        self._delivery.keep_in_memory()
 
     def _check_open(self, method: str) -> None:
         if self._is_closed:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -17,17 +18,25 @@ class ReplacedOptimizer:
     """Tells of an optimizer that steps twice over parameters of a watched one that does not step meanwhile.
 
     Once is not enough: two optimizers over the same parameters may take turns, and one may wrap the other.
+    One over parameters that the model has got since (adapters, a new head) counts as one over the first
+    watched optimizer's.
 
     Args:
         optimizers: Those that are watched.
         guard: Runs what is done at other optimizers' steps.
+        new_parameters: Gives the parameters that the model has got since the probe was attached.
         tell: Called with the watched optimizer and the other one.
     """
 
     def __init__(
-        self, optimizers: Sequence[Optimizer], guard: Guard, tell: Callable[[Optimizer, Optimizer], None]
+        self,
+        optimizers: Sequence[Optimizer],
+        guard: Guard,
+        new_parameters: Callable[[], Collection[Tensor]],
+        tell: Callable[[Optimizer, Optimizer], None],
     ) -> None:
         self._guard = guard
+        self._new_parameters = new_parameters
         self._tell = tell
         self._watched = {
             parameter: optimizer
@@ -74,5 +83,10 @@ class ReplacedOptimizer:
         since.add(optimizer)
 
     def _sharing(self, optimizer: Optimizer) -> Optimizer | None:
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        return next((self._watched[one] for one in parameters if one in self._watched), None)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        watched = next((self._watched[one] for one in parameters if one in self._watched), None)
+        if watched is not None:
+            return watched
+        return (
+            None if set(self._new_parameters()).isdisjoint(parameters) else next(iter(self._watched.values()))
+        )

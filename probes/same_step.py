@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import ExitStack
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -52,6 +53,7 @@ class SameStep:
         handles.callback(self._optimizer.register_step_pre_hook(self._before).remove)
         handles.callback(self._optimizer.register_step_post_hook(self._after).remove)
 
+    @torch._disable_dynamo  # as those that measure
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if any(callable(argument) for argument in (*args[1:], *kwargs.values())):
             self._warn_of_closure()
@@ -91,6 +93,7 @@ class SameStep:
             )
         return alert
 
+    @torch._disable_dynamo
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self._is_stepping = False
         for parameter, gradient in self._taken_away:

@@ -21,7 +21,7 @@ from probes.rank_witness import FIRST_GRADIENT_NORM, RankWitness
 from probes.record import Series
 from probes.schedule import Schedule, is_due
 from probes.sharding import Sharding
-from stability.module_calls import ModuleCalls, in_backward
+from stability.module_calls import ModuleCalls, in_backward, is_mapped
 
 # Calls of modules in a step; forward passes beyond are not measured. Otherwise a training whose optimizer is
 # another one by now would fill the memory. Not measurements: ranks have to stop at the same call.
@@ -84,6 +84,7 @@ class Watch:
             self._layer_of,
             selected,
             sharding,
+            lambda: self._new_parameters().values(),
             self._before_step_ends,
             self.end_step,
         )
@@ -148,6 +149,7 @@ class Watch:
         self._say_what_was_missed()
         self._is_forward_seen = False
         self._module_calls.end_step()
+        self._activations.put_in_order()
         self._activations.end_step()
         self.attention.summarize()
         step, pending = self.step, self.pending.take()
@@ -172,7 +174,7 @@ class Watch:
                 "layer Jacobians are not measured in compiled code: torch.func cannot run a layer that is "
                 "part of a graph. Leave `layer_jacobian_every` out, or the model uncompiled.",
             )
-        if self._activations.is_detailed and (new := self._new_parameters()):
+        if self._activations.is_detailed and (new := list(self._new_parameters())):
             self._guard.warn_once(
                 "new parameters",
                 f"the model has parameters that it did not have when the probe was attached: {new[0]}"
@@ -180,11 +182,14 @@ class Watch:
                 "model is complete.",
             )
 
-    def _new_parameters(self) -> list[str]:
-        return [name for name, each in self._model.named_parameters() if each not in self._layer_of]
+    def _new_parameters(self) -> dict[str, nn.Parameter]:
+        """By name, those that the model has got since the probe was attached."""
+        named = self._model.named_parameters()
+        return {name: parameter for name, parameter in named if parameter not in self._layer_of}
 
     def _before_step_ends(self) -> None:
         self.attention.summarize()  # verdicts may be asked for before the update
+        self._activations.put_in_order()
         self._tell_before_end()
 
     def _let_go(self) -> None:
@@ -210,6 +215,9 @@ class Watch:
     def _before_module(self, module: nn.Module, name: str, args: tuple) -> None:
         if self._is_measuring_jacobian or not torch.is_grad_enabled():  # validation is not recorded
             return
+        if is_mapped():
+            self._say_it_is_mapped()
+            return
         self._num_calls += 1
         if len(self._module_calls.running) == 1:  # the outermost call, whatever it is
             self._is_forward_seen = True
@@ -222,7 +230,11 @@ class Watch:
             self._guard(inputs_of(name), self._activations.see_input, name, args)
 
     def _after_module(self, module: nn.Module, name: str, args: tuple, kwargs: dict, output: object) -> None:
-        if self._is_measuring_jacobian or not torch.is_grad_enabled() or output is None:
+        if self._is_measuring_jacobian or output is None:
+            return
+        if name in self._measured_layers:
+            self._activations.note_place(name)
+        if not torch.is_grad_enabled() or is_mapped():
             return
         if name in self._measured_layers:
             self._guard(outputs_of(name), self._activations.see_output, name, output)
@@ -239,6 +251,15 @@ class Watch:
                 self._guard(JACOBIANS, measure_layer_jacobian, self.pending, name, module, args, kwargs)
             finally:
                 self._is_measuring_jacobian = self.attention.is_paused = False
+
+    def _say_it_is_mapped(self) -> None:
+        self._is_forward_seen = True
+        self._guard.warn_once(
+            "mapped forward passes",
+            "the model runs under torch.vmap, where outputs and attention cannot be measured: such forward "
+            "passes are left out. All others, the gradients that the optimizer receives, weights and updates "
+            "are recorded.",
+        )
 
     def _stop_following(self) -> None:
         """Measures no further forward pass of the step under way."""

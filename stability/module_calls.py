@@ -172,6 +172,14 @@ def is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def is_mapped() -> bool:
+    """Whether the forward pass runs under ``torch.vmap``, where a tensor is one sample's and no number."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    return any(each.key() == torch._C._functorch.TransformType.Vmap for each in transforms)
+
+
 def is_being_traced() -> bool:
     """Whether the forward pass is recorded for a compiler or an export."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -7,7 +7,6 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -108,11 +107,11 @@ class StandIns:
 
     def _allow_bookkeeping_when_checkpointed(self) -> None:
         """What watchers note while a checkpointed function is traced need not be noted when it runs again."""
-        patched = ExitStack()
-        patched.enter_context(
-            torch._dynamo.config.patch("skip_fwd_side_effects_in_bwd_under_checkpoint", True)
-        )
-        self._undo.append(patched.close)
+        config, name = torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"
+        # Not by config.patch, which is undone on the thread and in the asyncio task alone that it began in.
+        prior = getattr(config, name)
+        setattr(config, name, True)
+        self._undo.append(lambda: setattr(config, name, prior))
 
     def _searched(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, module in list(sys.modules.items()):
