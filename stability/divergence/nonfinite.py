@@ -120,6 +120,8 @@ class NonFiniteDetector:
             # The whole model's value names no layer; it counts where nothing more precise is recorded.
             layers = [layer for layer in values if layer != ALL_LAYERS] or [ALL_LAYERS]
             broken = [layer for layer in broken if layer in layers] or broken
+            if quantity == _LOGITS and broken and _breaks_before(innermost(broken)[0], readings):
+                continue  # an output's own turn comes next
             if broken:
                 return self._verdict(step, readings, quantity, broken, len(layers), is_excused)
         return None
@@ -198,6 +200,21 @@ class NonFiniteDetector:
             spread=tuple(name for name in broken if name != layer),
             remedies=remedies,
         )
+
+
+def _breaks_before(attention: str, readings: Readings) -> bool:
+    """Whether an output is broken that the forward pass comes to before it comes to an attention layer."""
+    outputs = readings.get("activation_rms", {})
+    # Where it is among them: itself, what is inside, or else what is around it.
+    place = attention.partition("/call_")[0]
+    while place and not any(name == place or name.startswith(f"{place}.") for name in outputs):
+        place = place.rpartition(".")[0]
+    for name, value in outputs.items():
+        if not place or name == place or name.startswith(f"{place}."):
+            return False
+        if not math.isfinite(value):
+            return True
+    return False
 
 
 def _is_logged(quantity: str, values: Mapping[str, float]) -> bool:

@@ -40,6 +40,35 @@ def test_it_names_the_origin(readings: dict, layer: str, quantity: str) -> None:
     assert not math.isfinite(alert.value)
 
 
+@pytest.mark.parametrize(
+    ("outputs", "attention", "layer"),
+    [
+        # The block before is broken already: its logits are where the next one meets it.
+        ({"blocks.0": NAN, "blocks.1": NAN}, {"blocks.0.attn": 1, "blocks.1.attn": NAN}, "blocks.0"),
+        (
+            {"blocks.0.mlp": NAN, "blocks.0": NAN, "blocks.1.attn": NAN},
+            {"blocks.1.attn": NAN},
+            "blocks.0.mlp",
+        ),
+        # Of what is measured in or around attention nothing tells whether it came before the logits.
+        ({"blocks.0": 1, "blocks.1": NAN}, {"blocks.0.attn": 1, "blocks.1.attn": NAN}, "blocks.1.attn"),
+        ({"a.qkv": 1, "a.out": NAN, "a": NAN}, {"a.attend": NAN, "b.attend": 1}, "a.attend"),
+        ({"a.attn.query": 1, "a.attn.out": NAN, "a": NAN}, {"a.attn": NAN, "b.attn": 1}, "a.attn"),
+        ({"a.norm": 1, "a.attn.query": 1, "a.out": NAN}, {"a.attn": NAN, "b.attn": 1}, "a.attn"),
+        ({"qkv": NAN, "out": NAN}, {"attend": NAN, "other": 1}, "attend"),
+        ({"emb": NAN, "b": NAN, "b/call_1": NAN}, {"b.attn/call_1": NAN, "b.attn": 1}, "emb"),
+        ({}, {"a.attn": 1, "b.attn": NAN}, "b.attn"),
+    ],
+)
+def test_logits_that_an_output_before_them_has_broken_are_not_the_origin(
+    outputs: dict, attention: dict, layer: str
+) -> None:
+    (alert,) = NonFiniteDetector().update(
+        3, {"attention/max_logit": attention, "activation_rms": outputs, "loss": {"(all)": NAN}}
+    )
+    assert alert.layer == layer
+
+
 def test_the_evidence_is_what_the_layer_was_before() -> None:
     detector = NonFiniteDetector()
     for step in range(20):
