@@ -20,16 +20,10 @@ from torch.utils.checkpoint import checkpoint
 import probes
 from probes.failures import ProbeWarning
 from tests.probes.lifecycle import assert_nothing_is_left
+from tests.probes.models import train_on_ones
 from tests.probes.recorded import values_of
 
 pytestmark = pytest.mark.filterwarnings("error::probes.ProbeWarning")
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.ones(2, 2)).sum().backward()
-        optimizer.step()
 
 
 def test_a_disabled_grad_scaler() -> None:
@@ -105,9 +99,9 @@ def test_an_explosion_behind_reentrant_checkpointing_is_named_where_it_began() -
 
     middle[0].register_forward_hook(amplify)
     with probes.attach(model, optimizer, on_divergence="ignore") as probe:
-        train(model, optimizer, 40)
+        train_on_ones(model, optimizer, 40)
         factor = 1e8
-        train(model, optimizer, 2)
+        train_on_ones(model, optimizer, 2)
     assert probe.alerts[0].layer == "layers.2.0"  # and not the first that the gradient reached from there
 
 
@@ -160,16 +154,16 @@ def test_an_optimizer_over_parameters_that_came_later_is_told_of() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with probes.attach(model, optimizer, details_every=0):
-        train(model, optimizer, 2)
+        train_on_ones(model, optimizer, 2)
         model[0].requires_grad_(False)
         model[1] = nn.Linear(2, 1)
         other = torch.optim.Adam(model[1].parameters())
-        train(model, other)
+        train_on_ones(model, other)
         with pytest.warns(
             ProbeWarning, match=r"step 2 does not end.* that the model has got since"
         ) as caught:
-            train(model, other)
-        train(model, other)
+            train_on_ones(model, other)
+        train_on_ones(model, other)
         assert len(caught) == 1
 
 
@@ -177,13 +171,13 @@ def test_optimizers_that_were_not_given_and_those_beside_are_no_replacement() ->
     model, critic = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), nn.Linear(2, 1)
     watched, left_out = (torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model)
     with probes.attach(model, watched, details_every=0) as probe:
-        train(model, left_out, 3)
-        train(critic, torch.optim.SGD(critic.parameters(), lr=0.1), 3)
+        train_on_ones(model, left_out, 3)
+        train_on_ones(critic, torch.optim.SGD(critic.parameters(), lr=0.1), 3)
         model.append(nn.Linear(1, 1))
         beside = torch.optim.SGD(model[2].parameters(), lr=0.1)
         for _ in range(3):
-            train(model, watched)
-            train(model, beside)
+            train_on_ones(model, watched)
+            train_on_ones(model, beside)
     assert probe._watch.step == 3
 
 
@@ -252,7 +246,7 @@ def test_letting_go_of_the_model_fails() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     probe = probes.attach(model, optimizer)
     probe.on_close([].pop)
-    train(model, optimizer)
+    train_on_ones(model, optimizer)
     with pytest.warns(ProbeWarning, match=r"letting go of the model failed.*IndexError") as caught:
         probe.close()
     assert caught[0].filename == __file__

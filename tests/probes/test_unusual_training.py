@@ -19,16 +19,10 @@ from torch.utils.checkpoint import checkpoint
 import probes
 from probes import watch
 from probes.failures import ProbeWarning
+from tests.probes.models import train_on_ones
 from tests.probes.recorded import values_of
 
 pytestmark = pytest.mark.filterwarnings("error::probes.ProbeWarning")
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.ones(2, 2)).sum().backward()
-        optimizer.step()
 
 
 def norm_of(*tensors: Tensor | None) -> float:
@@ -56,7 +50,7 @@ def test_an_optimizer_whose_step_calls_that_of_its_base_steps_once(same_step: bo
     model = nn.Linear(2, 1)
     optimizer = hooked_twice(model)
     with probes.attach(model, optimizer, same_step=same_step, details_every=1) as probe:
-        train(model, optimizer, 3)
+        train_on_ones(model, optimizer, 3)
     assert (
         values_of(probe, "grad_norm", "(root)")
         == [pytest.approx(norm_of(model.weight.grad, model.bias.grad))] * 3
@@ -85,9 +79,9 @@ def test_a_step_that_failed_and_is_tried_again_is_measured_once() -> None:
     with probes.attach(model, optimizer) as probe:
         optimizer.fails = True
         with pytest.raises(MemoryError):
-            train(model, optimizer)
+            train_on_ones(model, optimizer)
         optimizer.fails = False
-        train(model, optimizer)
+        train_on_ones(model, optimizer)
     expected = norm_of(model.weight.grad, model.bias.grad)
     assert values_of(probe, "grad_norm", "(root)") == [pytest.approx(expected)]
 
@@ -105,7 +99,7 @@ def test_a_step_that_a_users_function_refuses_is_measured_anew() -> None:
         model(torch.full((2, 2), torch.nan)).sum().backward()
         with pytest.raises(Refused):
             optimizer.step()
-        train(model, optimizer)
+        train_on_ones(model, optimizer)
     expected = norm_of(model.weight.grad, model.bias.grad)
     assert values_of(probe, "grad_norm", "(root)")[1:] == [pytest.approx(expected)]
 
@@ -127,9 +121,9 @@ def test_complex_weights_are_pairs_of_real_ones() -> None:
     model = Spectrum()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     with probes.attach(model, optimizer, details_every=1) as probe:
-        train(model, optimizer)
+        train_on_ones(model, optimizer)
         gradients = [model.filter.grad, model.unused.grad]
-        train(model, optimizer)
+        train_on_ones(model, optimizer)
     assert gradients[0] is not None
     assert values_of(probe, "grad_norm", "(root)")[0] == pytest.approx(norm_of(*gradients))
     largest = torch.view_as_real(gradients[0]).abs().max().item()
@@ -152,7 +146,7 @@ def test_a_second_moment_of_another_shape_costs_no_other_record() -> None:
     optimizer = Projected(model.parameters(), lr=0.1)
     optimizer.param_groups[0].update(betas=(0.9, 0.99), eps=1e-8)
     with probes.attach(model, optimizer, details_every=1) as probe:
-        train(model, optimizer, 2)
+        train_on_ones(model, optimizer, 2)
     assert len(values_of(probe, "update_ratio", "(root)")) == 2
     assert values_of(probe, "adam_update_rms", "(root)") == []
 
@@ -176,7 +170,7 @@ def test_lazy_layers_and_a_log_dir(tmp_path: Path) -> None:
     model = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with probes.attach(model, optimizer, log_dir=tmp_path, flight_recorder=0) as probe:
-        train(model, optimizer)
+        train_on_ones(model, optimizer)
     expected = norm_of(model[0].weight.grad, model[0].bias.grad)
     assert values_of(probe, "grad_norm", "0") == [pytest.approx(expected)]
 
@@ -189,7 +183,7 @@ def test_what_python_shows_once_is_shown_once() -> None:
         warnings.simplefilter("default", FutureWarning)
         for _ in range(25):
             warnings.warn_explicit("of the script", FutureWarning, "script.py", 1, registry=registry)
-            train(model, optimizer)
+            train_on_ones(model, optimizer)
     assert len([warning for warning in shown if warning.category is FutureWarning]) == 1
 
 
@@ -239,7 +233,7 @@ def test_forward_passes_after_which_no_optimizer_steps_do_not_fill_the_memory(
                 model(torch.ones(2, 2)).sum().backward()
         assert len(caught) == 1
         assert probe._watch.pending.size < 500
-        train(model, optimizer, 2)
+        train_on_ones(model, optimizer, 2)
     assert [r.step for r in probe.records if (r.quantity, r.layer) == ("activation_rms", "1")] == [0, 1]
 
 
@@ -280,12 +274,12 @@ def test_an_optimizer_that_is_replaced_is_told_of_at_the_second_step_of_the_othe
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with probes.attach(model, optimizer):
-        train(model, optimizer, 3)
+        train_on_ones(model, optimizer, 3)
         other = torch.optim.Adam([*model[0].parameters()])
-        train(model, other)
+        train_on_ones(model, other)
         with pytest.warns(ProbeWarning, match=r"step 3 does not end: the SGD .* Adam, steps over the same"):
-            train(model, other)
-        train(model, other)  # once
+            train_on_ones(model, other)
+        train_on_ones(model, other)  # once
 
 
 def test_an_optimizer_of_several_that_is_replaced_is_told_of_while_others_step() -> None:
@@ -293,13 +287,13 @@ def test_an_optimizer_of_several_that_is_replaced_is_told_of_while_others_step()
     first, second, other = (torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 1, 1))
     with probes.attach(model, [first, second]):
         for _ in range(2):
-            train(model, first)
-            train(model, second)
-        train(model, first)
-        train(model, other)
-        train(model, first)
+            train_on_ones(model, first)
+            train_on_ones(model, second)
+        train_on_ones(model, first)
+        train_on_ones(model, other)
+        train_on_ones(model, first)
         with pytest.warns(ProbeWarning, match="step 2 does not end"):
-            train(model, other)
+            train_on_ones(model, other)
 
 
 def test_optimizers_that_step_beside_the_watched_one_are_no_replacement() -> None:
@@ -317,11 +311,11 @@ def test_optimizers_that_step_beside_the_watched_one_are_no_replacement() -> Non
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     with probes.attach(model, watched) as probe:
         for _ in range(3):
-            train(model, watched)
-            train(model, turns)
-            train(model, outer)
-            train(model, outermost)
-            train(critic, disjoint, 2)
+            train_on_ones(model, watched)
+            train_on_ones(model, turns)
+            train_on_ones(model, outer)
+            train_on_ones(model, outermost)
+            train_on_ones(critic, disjoint, 2)
             for _ in range(3):  # accumulated
                 model(torch.ones(2, 2)).sum().backward()
             scaler.scale(model(torch.full((2, 2), torch.inf)).sum()).backward()
@@ -341,7 +335,7 @@ def test_an_optimizer_that_steps_by_several_steps_of_another_is_not_replaced() -
 
     optimizer = Twice(model.parameters(), {})
     with probes.attach(model, optimizer) as probe:
-        train(model, optimizer, 3)
+        train_on_ones(model, optimizer, 3)
     assert probe._watch.step == 3
 
 
@@ -349,10 +343,10 @@ def test_parameters_that_came_after_the_probe_are_told_of_once() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with probes.attach(model, optimizer, details_every=2) as probe:
-        train(model, optimizer, 1)
+        train_on_ones(model, optimizer, 1)
         model[1] = nn.Linear(2, 1)  # a new head
         optimizer.add_param_group({"params": [*model[1].parameters()]})
         with pytest.warns(ProbeWarning, match=r"attached: 1\.weight and 1 more\. They are not") as caught:
-            train(model, optimizer, 4)
+            train_on_ones(model, optimizer, 4)
         assert len(caught) == 1
     assert {record.step for record in probe.records if record.quantity == "grad_norm"} == set(range(5))
