@@ -287,7 +287,7 @@ class Probe:
         self._is_closed = True
         try:
             self._handles.close()
-        except Exception as failure:  # on another thread, say, than the one that attached
+        except Exception as failure:  # what was recorded comes first
             warnings.warn(
                 f"letting go of the model failed; what was recorded is written all the same: {failure!r}",
                 ProbeWarning,
