@@ -5,7 +5,7 @@ the turn. All share weights and optimizer, in one process. Told are median times
 contender round by round with a 95 % bootstrap interval, the ratio of what the GPU computes, which is what a
 host that keeps up would give, and what Amdahl's law predicts of it from attention alone.
 
-    PYTHONPATH=. python -m experiments.training_speed --device cuda --out results    # one H200, five minutes
+    PYTHONPATH=. python -m experiments.training_speed --device cuda --out results    # one H100, five minutes
     PYTHONPATH=. python -m experiments.training_speed --device cuda --cases "eager*8192*" --rounds 15
     python -m experiments.training_speed --preset tiny --out runs/speed               # that it runs
 
@@ -98,6 +98,7 @@ def case_name(mode: Mode, case: Case) -> str:
     return f"{mode}, n {case.tokens}{padding}"
 
 
+@contenders_compile()
 def measure_case(
     mode: Mode, case: Case, num_layers: int, device: str, *, rounds: int, steps: int
 ) -> tuple[list[Speed], dict[str, str]]:
@@ -114,6 +115,7 @@ def measure_case(
     Returns:
         Speeds; contender → why it could not train this case.
     """
+    torch._dynamo.reset()
     training = SharedTraining(case, num_layers, device)
     inputs = Inputs.random(case, device, torch.bfloat16 if device == "cuda" else torch.float32)
     found: list[Contender] = []
@@ -220,12 +222,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         for mode, case in options.chosen:
-            torch._dynamo.reset()
-            with contenders_compile():
-                speeds, failed = measure_case(
-                    mode, case, PRESETS[options.preset].num_layers, options.device,
-                    rounds=options.rounds, steps=options.steps,
-                )  # fmt: skip
+            speeds, failed = measure_case(
+                mode, case, PRESETS[options.preset].num_layers, options.device,
+                rounds=options.rounds, steps=options.steps,
+            )  # fmt: skip
             results.append(
                 {
                     "case": case_name(mode, case),

@@ -183,24 +183,30 @@ def over_processes(summaries: Sequence[dict[str, Any]]) -> str:
         summaries: Contents of `training_speed.json`, one a process.
 
     Returns:
-        Markdown, a row for each case and pair that every process measured.
+        Markdown, a row for each case and pair that every process measured; the last two columns from the
+        lowest to the highest process.
     """
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for summary in summaries:
         for result in summary["results"]:
             for each in result["ratios"]:
                 found.setdefault((result["case"], each["ours"], each["softmax"]), []).append(each)
-    lines = [
-        "| case | sigmoid | against | fastest softmax in | lowest ratio | highest ratio |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = "fastest softmax in", "lowest ratio", "highest ratio", "of GPU time", "Amdahl"
+    lines = [f"| case | sigmoid | against | {' | '.join(columns)} |", "|---" * 8 + "|"]
     for names, measured in found.items():
         if len(measured) == len(summaries):
             ratios = [each["ratio"] for each in measured]
             best = f"{sum(each['is_best'] for each in measured)} of {len(measured)}"
-            cells = (*names, best, f"{min(ratios):.3f}", f"{max(ratios):.3f}")
+            # The first published files have no `gpu_ratio`.
+            ranges = (_range([each.get(name) for each in measured]) for name in ("gpu_ratio", "predicted"))
+            cells = (*names, best, f"{min(ratios):.3f}", f"{max(ratios):.3f}", *ranges)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _range(numbers: Sequence[float | None]) -> str:
+    known = [number for number in numbers if number is not None]
+    return "–" if len(known) < len(numbers) else f"{min(known):.3f} – {max(known):.3f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

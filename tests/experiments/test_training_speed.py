@@ -99,7 +99,9 @@ def test_the_range_over_processes(summary, tmp_path, capsys):
         files[-1].write_text(json.dumps({"results": results[: 3 if i < 2 else 1]}))
     assert report([str(file) for file in files]) == 0
     *_, row = capsys.readouterr().out.strip().split("\n")
-    assert row == "| eager, n 32 | sigmoid, accurate | softmax, torch's choice | 2 of 3 | 0.900 | 1.100 |"
+    start = "| eager, n 32 | sigmoid, accurate | softmax, torch's choice | 2 of 3 | 0.900 | 1.100 | – | "
+    predicted = summary["results"][0]["ratios"][0]["predicted"]
+    assert row == f"{start}{predicted:.3f} – {predicted:.3f} |"
 
 
 @pytest.mark.parametrize("content", [None, "{}", "{"])
@@ -194,7 +196,8 @@ def test_packed_contenders_agree_on_a_gpu():
         together, apart = (
             contenders[f"{mechanism}, {each}"].attend(*tensors) for each in (name, "one by one")
         )
-        torch.testing.assert_close(together, apart)
+        # Two kernels, which round their weights to bfloat16 differently (one of them 0.978 of each).
+        torch.testing.assert_close(together, apart, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu
@@ -294,10 +297,10 @@ def test_attention_in_a_step_is_its_own_kernels(monkeypatch):
 )
 def test_every_contender_trains_on_a_gpu(mode, padding, is_packed, count):
     case = Case(2, 2, 256, 64, padding=padding, is_packed=is_packed)
-    torch._dynamo.reset()
     speeds, failed = measure_case(mode, case, 1, "cuda", rounds=1, steps=1)
     assert not failed
-    assert all(0 < each.attention_in_step < each.gpu_milliseconds for each in speeds)
+    for each in speeds:
+        assert 0 < each.attention_in_step < each.gpu_milliseconds, each
     assert len(speeds) == len(speed_contenders(case, "cuda")) == count
 
 
