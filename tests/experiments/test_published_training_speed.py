@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parents[2] / "docs/results"
     ("page", "raw", "expected"),
     [
         ("2026-11-23-training-speed.md", "2026-11-23-process-*.json", 22),
-        ("2026-11-23-training-speed-h100.md", "2026-11-23-h100-*.json", 40),
+        ("2026-11-23-training-speed-h100.md", "2026-11-23-h100-*.json", 44),
     ],
 )
 def test_every_row_is_of_the_raw_files(page, raw, expected):
