@@ -32,6 +32,9 @@ from experiments.representation_results import judge, read_raw
 from experiments.representation_scope import check_runs, scope_of, selections
 from experiments.representation_tables import markdown
 
+# Of a run's facts what stays in the raw files: the loss at every look, and the versions, which are alike.
+_ONLY_RAW = ("validation", "versions")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Judge the runs and write the report. Exit status: 0, 2 for input that cannot be used."""
@@ -74,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ],
             "attention": attention_relations(judged, scope),
             "judged": [asdict(each) for each in judged],
-            "runs": [{key: value for key, value in run.facts.items() if key != "versions"} for run in runs],
+            "runs": [
+                {key: value for key, value in run.facts.items() if key not in _ONLY_RAW} for run in runs
+            ],
         },
     )
     panels = {

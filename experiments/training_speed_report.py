@@ -192,7 +192,7 @@ def over_processes(summaries: Sequence[dict[str, Any]]) -> str:
             for each in result["ratios"]:
                 found.setdefault((result["case"], each["ours"], each["softmax"]), []).append(each)
     columns = "fastest softmax in", "lowest ratio", "highest ratio", "of GPU time", "Amdahl"
-    lines = [f"| case | sigmoid | against | {' | '.join(columns)} |", "|---" * 8 + "|"]
+    lines = [f"| case | sigmoid | against | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
     for names, measured in found.items():
         if len(measured) == len(summaries):
             ratios = [each["ratio"] for each in measured]

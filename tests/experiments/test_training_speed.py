@@ -223,6 +223,23 @@ def test_a_contender_that_cannot_train_is_left_out(monkeypatch):
     assert failed == {"broken": "RuntimeError('no such kernel')"}
 
 
+def test_whoever_measures_a_case_compiles_each_contender_by_itself(monkeypatch):
+    """Without it SDPA's backends would be one and the same; the tests on a GPU had once forgotten it."""
+    ours, softmax = speed_contenders(CASE, "cpu")
+    found = []
+
+    def attend(query, key, value):
+        found.append(torch._functorch.config.enable_autograd_cache)
+        return softmax.attend(query, key, value)
+
+    contenders = [ours, Contender("asking", "softmax", attend)]
+    monkeypatch.setattr(training_speed, "speed_contenders", lambda case, device: contenders)
+    before = torch._functorch.config.enable_autograd_cache
+    measure_case("eager", CASE, 1, "cpu", rounds=1, steps=1)
+    assert before
+    assert set(found) == {False}
+
+
 def test_the_exit_status_tells_that_ours_failed(monkeypatch, tmp_path, capsys):
     def broken(query, key, value):
         raise RuntimeError("no such kernel")
